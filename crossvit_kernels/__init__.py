@@ -1,0 +1,13 @@
+"""Kernels for CrossViT: operations on tensors, each with a definition and the backends that compute it.
+
+Public and kept stable within a major version: the names in `__all__`. Everything else is private.
+Importing this package initialises no CUDA and imports no Triton.
+"""
+
+from importlib.metadata import version
+
+from .backends import backends, use_backend
+from .cross_attention import cross_attention
+
+__all__ = ["__version__", "backends", "cross_attention", "use_backend"]
+__version__ = version("crossvit-kernels")

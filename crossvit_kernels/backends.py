@@ -1,0 +1,139 @@
+"""Backends: who can compute an operation, why not, and which one a call gets.
+
+A backend is data: a name and what it needs. An operation maps backend names to functions and asks `choose`.
+"auto" takes the first backend of that map that can take the call; a backend that the caller names never
+falls back to another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a choice of backend depends on.
+
+    Attributes:
+        device: type of the tokens' device ("cpu", "cuda", …).
+        tokens: dtype of the tokens.
+        weights: dtype of the matrices; differs from `tokens` only under autocast.
+    """
+
+    device: str
+    tokens: torch.dtype
+    weights: torch.dtype
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute operations.
+
+    Attributes:
+        name: what `backend=`, `use_backend` and CROSSVIT_BACKEND say.
+        summary: one line for `python -m crossvit_kernels`.
+        devices: device types it runs on; None means every one.
+        dtypes: (tokens, weights) pairs it takes; None means every floating-point pair.
+        missing: why it cannot run on this machine at all, or None.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] | None = None
+    missing: Callable[[], str | None] = lambda: None
+
+    def reasons_against(self, call: Call) -> list[str]:
+        """Every reason why this backend cannot take `call`; empty means that it can."""
+        reasons = []
+        missing = self.missing()
+        if missing is not None:
+            reasons.append(missing)
+        if self.devices is not None and call.device not in self.devices:
+            reasons.append(f"it runs on {', '.join(self.devices)}, the tokens are on {call.device}")
+        if self.dtypes is None:
+            if call.tokens not in _FLOATING or call.weights not in _FLOATING:
+                reasons.append(f"it takes floating-point tensors, got {call.tokens} and {call.weights}")
+        elif (call.tokens, call.weights) not in self.dtypes:
+            reasons.append(f"it does not take {call.tokens} tokens with {call.weights} weights")
+        return reasons
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("torch", "the fastest algorithm in PyTorch operators, on any device"),
+        Backend("reference", "the definition, as the paper writes it, in PyTorch operators"),
+    )
+}
+
+# One value for the process, as torch's own backend flags are; a plain global is what torch.compile guards.
+_selected = os.environ.get("CROSSVIT_BACKEND") or "auto"
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends, in the order in which "auto" tries them."""
+    return tuple(BACKENDS)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, calls with backend="auto" use `name`. Process-wide, like torch's backend flags.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _selected
+    _check_name(name, "the argument of use_backend")
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def choose(
+    operation: str, requested: str, call: Call, implementations: Mapping[str, Callable]
+) -> Callable:
+    """The function that computes `operation` for `call`.
+
+    Args:
+        operation: its name, for messages.
+        requested: the caller's `backend=`; "auto" defers to `use_backend`, then CROSSVIT_BACKEND.
+        call: what is to be computed.
+        implementations: backend name -> function, best first.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend, or every backend, has reasons against this call; all are listed.
+    """
+    _check_name(requested, "backend")
+    if requested == "auto":
+        requested = _selected
+        _check_name(requested, "CROSSVIT_BACKEND")
+    candidates = tuple(implementations) if requested == "auto" else (requested,)
+    refusals = []
+    for name in candidates:
+        if name not in implementations:
+            refusals.append(f"  {name}: it does not implement {operation}")
+            continue
+        reasons = BACKENDS[name].reasons_against(call)
+        if not reasons:
+            return implementations[name]
+        refusals += [f"  {name}: {reason}" for reason in reasons]
+    raise RuntimeError(
+        f"no backend can compute {operation} on {call.device} "
+        f"with {call.tokens} tokens and {call.weights} weights:\n" + "\n".join(refusals)
+    )

@@ -1,0 +1,187 @@
+"""The same function in one pass over the tokens, in PyTorch operators: no K, no V, no concatenation.
+
+With x^ the normalised token (LayerNorm without its affine part), per head h:
+
+    qt_h = gamma * (Wk_h^T q_h) / sqrt(d)       the query, absorbed into token space     [C]
+    p_hn = softmax_n(qt_h . x^_n)               b_k and beta cancel in the softmax
+    z_h  = sum_n p_hn x^_n                                                               [C]
+    o_h  = Wv_h (gamma * z_h + t_h beta) + t_h b_v      t_h = sum_n p_hn, 1 without dropout
+
+so K and V cost 4 N C H FLOPs instead of 4 N C^2, and every gradient of a weight is a product over the batch,
+not over the tokens. The attention of absorbed queries over normalised tokens is `AbsorbedAttention`;
+everything around it is B or B H rows and left to autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_attention(
+    cls: Tensor,
+    patches: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    eps: float,
+    attention_mask: Tensor | None,
+    residual_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.cross_attention`; the arguments and results are the same."""
+    dtype = wq.dtype
+    width = cls.shape[-1]
+    head_width = width // num_heads
+    gamma = norm_weight.to(cls.dtype)
+    beta = None if norm_bias is None else norm_bias.to(cls.dtype)
+
+    q = F.linear(F.layer_norm(cls, (width,), gamma, beta, eps).to(dtype), wq, bq)  # [B, 1, C]
+    q = q.view(-1, num_heads, head_width).transpose(0, 1)  # [H, B, d]
+    query = torch.bmm(q, wk.view(num_heads, head_width, width)).transpose(0, 1)  # [B, H, C]
+    query = (query * (gamma * head_width**-0.5)).to(dtype)
+
+    z, attention = _attend(cls, patches, query, bk, attention_mask, eps)
+
+    total = None if attention_mask is None else (attention * attention_mask).sum(-1, keepdim=True).to(dtype)
+    u = z * gamma.to(dtype)  # [B, H, C]
+    if beta is not None:
+        u = u + (beta.to(dtype) if total is None else total * beta.to(dtype))
+    o = torch.bmm(u.transpose(0, 1), wv.view(num_heads, head_width, width).mT).transpose(0, 1)  # [B, H, d]
+    if bv is not None:
+        bv = bv.view(num_heads, head_width)
+        o = o + (bv if total is None else total * bv)
+    output = F.linear(o.reshape(-1, 1, width), wo, bo)
+    if residual_scale is not None:
+        output = output * residual_scale
+    return (cls + output).to(cls.dtype), attention
+
+
+def _attend(
+    cls: Tensor, patches: Tensor, query: Tensor, key_bias: Tensor | None, mask: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`AbsorbedAttention`, or its forward alone where nothing is to be differentiated or a graph of plain
+    operators is wanted (torch.jit.trace, ONNX and torch.export cannot hold an autograd.Function)."""
+    inputs = (cls, patches, query, key_bias)
+    differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if differentiate and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        return AbsorbedAttention.apply(*inputs, mask, eps)
+    return AbsorbedAttention.forward(*inputs, mask, eps)
+
+
+class AbsorbedAttention(torch.autograd.Function):
+    """z [B, H, C] and the attention [B, H, 1 + P] of absorbed queries over normalised tokens.
+
+    Saves its inputs and the attention, nothing of size B N C; the tokens are normalised again in backward.
+    `key_bias` does not enter the value: it cancels in the softmax, and its gradient is exactly zero. It is an
+    argument so that this gradient is a tensor of zeros, as every optimiser expects, and not None.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        cls: Tensor, patches: Tensor, query: Tensor, key_bias: Tensor | None, mask: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        cls_hat, patches_hat = (_normalise(x, query.dtype, eps)[0] for x in (cls, patches))
+        attention = _softmax_scores(query, cls_hat, patches_hat)
+        weights = (attention if mask is None else attention * mask).to(query.dtype)
+        z = torch.baddbmm(weights[..., :1] * cls_hat, weights[..., 1:], patches_hat)
+        return z, attention
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        cls, patches, query, key_bias, mask, eps = inputs
+        _, attention = output
+        ctx.save_for_backward(cls, patches, query, key_bias, mask, attention)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None, dattention: Tensor | None) -> tuple[Tensor | None, ...]:
+        cls, patches, query, key_bias, mask, attention = ctx.saved_tensors
+        if dz is None and dattention is None:
+            return (None,) * 6
+        with torch.autocast(query.device.type, enabled=False):
+            return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
+
+
+def _backward(
+    ctx: Any,
+    cls: Tensor,
+    patches: Tensor,
+    query: Tensor,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
+    attention: Tensor,
+    dz: Tensor | None,
+    dattention: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    dtype = query.dtype
+    hats = [_normalise(x, dtype, ctx.eps) for x in (cls, patches)]
+    cls_hat, patches_hat = hats[0][0], hats[1][0]
+    if torch.is_grad_enabled():
+        # Someone differentiates the gradient: every intermediate must hang on the inputs.
+        attention = _softmax_scores(query, cls_hat, patches_hat)
+    weights = attention if mask is None else attention * mask
+
+    if dz is None:
+        dz = torch.zeros_like(query)
+        dp = torch.zeros_like(attention)
+    else:
+        dp = _scores(dz, cls_hat, patches_hat).to(attention.dtype)
+        if mask is not None:
+            dp = dp * mask
+    if dattention is not None:
+        dp = dp + dattention
+    ds = attention * (dp - (attention * dp).sum(-1, keepdim=True))
+
+    ds_low = ds.to(dtype)
+    dquery = None
+    if ctx.needs_input_grad[2]:
+        dquery = torch.baddbmm(ds_low[..., :1] * cls_hat, ds_low[..., 1:], patches_hat)
+    # d x^_n = sum_h p_hn dz_h + ds_hn qt_h, one product with the two sums side by side.
+    left = torch.cat((weights.to(dtype), ds_low), dim=1).mT  # [B, N, 2H]
+    right = torch.cat((dz, query), dim=1)  # [B, 2H, C]
+    dcls, dpatches = (
+        _normalise_backward(left[:, rows] @ right, x, mean, rstd) if needed else None
+        for x, (_, mean, rstd), rows, needed in (
+            (cls, hats[0], slice(0, 1), ctx.needs_input_grad[0]),
+            (patches, hats[1], slice(1, None), ctx.needs_input_grad[1]),
+        )
+    )
+    dkey_bias = torch.zeros_like(key_bias) if key_bias is not None and ctx.needs_input_grad[3] else None
+    return dcls, dpatches, dquery, dkey_bias, None, None
+
+
+def _normalise(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps) over the channels, rounded to `dtype`; the mean; 1 / sqrt(...)."""
+    hat, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    return hat.to(dtype), mean, rstd
+
+
+def _normalise_backward(dhat: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    outputs = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(
+        dhat.to(x.dtype), x, x.shape[-1:], mean, rstd, None, None, outputs
+    )[0]
+
+
+def _scores(query: Tensor, cls_hat: Tensor, patches_hat: Tensor) -> Tensor:
+    """query . token for the CLS row and the patches, side by side: [B, H, 1 + P]."""
+    return torch.cat((query @ cls_hat.mT, query @ patches_hat.mT), dim=-1)
+
+
+def _softmax_scores(query: Tensor, cls_hat: Tensor, patches_hat: Tensor) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return _scores(query, cls_hat, patches_hat).softmax(-1, dtype=dtype)

@@ -1,0 +1,91 @@
+"""The only place that imports the compiled module; it survives a missing or broken one and says why.
+
+Private. `python -m crossvit_kernels` prints what `build_report` and `load_error` hold.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# torch first: its OpenMP runtime is then the one that the module finds, and both share one thread pool.
+import torch
+
+_REPORT = Path(__file__).with_name("_build_report.json")
+
+
+@cache
+def build_report() -> dict[str, Any]:
+    """What the build made and left out, and why; empty when the package was never built."""
+    try:
+        return json.loads(_REPORT.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@cache
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        return import_module("crossvit_kernels._native"), ""
+    except Exception as error:  # a broken binary may raise anything; the package works without it
+        return None, f"{type(error).__name__}: {error}"
+
+
+def load_error() -> str | None:
+    """Why the compiled module is not available, in words; None when it is."""
+    module, met = _import()
+    if module is not None:
+        return None
+    report = build_report()
+    if not report:
+        return f"the package was not built (no {_REPORT.name}); import met {met}"
+    built_for = f"built for {report['python']} on {report['platform']}"
+    if report["cpu"] is None:
+        return f"{built_for} without the native module: {report.get('cpu_left_out')}"
+    return f"{built_for} by {report['cpu']['compiler']}; import met {met}"
+
+
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is missing or broken; the message says what it was built for and what was met.
+    """
+    module, _ = _import()
+    if module is None:
+        raise RuntimeError(f"the native module of crossvit_kernels is not available: {load_error()}")
+    return module
+
+
+def has_cuda() -> bool:
+    """Whether the compiled module carries the CUDA kernels (says nothing of the GPUs present)."""
+    return hasattr(_import()[0], "layer_norm_statistics_cuda")
+
+
+def layer_norm_statistics(
+    x: torch.Tensor, eps: float = 1e-6, *, isa: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1/sqrt(variance + eps) of every row of x [rows, columns], float32, on the CPU.
+
+    Rows may be any distance apart; columns are contiguous. `isa` picks the instruction set: "auto" or one of
+    `load().isas()`.
+    """
+    if x.ndim != 2 or x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(
+            "x must be a float32 tensor [rows, columns] on the CPU, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    rows, columns = x.shape
+    if columns == 0:
+        raise ValueError("x must have at least one column, got 0: a mean needs an element")
+    if columns > 1 and x.stride(1) != 1:
+        raise ValueError(f"columns of x must be contiguous, got stride {x.stride(1)}: call x.contiguous()")
+    mean, rstd = x.new_empty(rows), x.new_empty(rows)
+    load().layer_norm_statistics_cpu(
+        x.data_ptr(), rows, columns, x.stride(0), eps, mean.data_ptr(), rstd.data_ptr(), isa
+    )
+    return mean, rstd

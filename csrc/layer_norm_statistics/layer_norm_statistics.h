@@ -1,0 +1,23 @@
+// Mean and 1/sqrt(variance + eps) of every row: what a LayerNorm that is folded into another kernel needs.
+//
+// rows x columns floats; rows are row_stride elements apart, columns are contiguous. The variance is taken
+// about the mean in a second pass over the row, which lies in the cache by then: E[x^2] - E[x]^2 would lose
+// every digit when a row's mean is large beside its deviation.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/cpu_isa.h"
+
+namespace crossvit {
+
+void layer_norm_statistics_cpu(const float* x, int64_t rows, int64_t columns, int64_t row_stride, float eps,
+                               float* mean, float* rstd, Isa isa);
+
+#ifdef CROSSVIT_CUDA
+// Launches on `stream` (a cudaStream_t) and returns the launch's cudaError_t as an integer.
+int layer_norm_statistics_cuda(const float* x, int64_t rows, int64_t columns, int64_t row_stride, float eps,
+                               float* mean, float* rstd, void* stream);
+#endif
+
+}  // namespace crossvit
