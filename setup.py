@@ -139,7 +139,7 @@ def nvcc_release(nvcc: Path) -> str:
 def static_cudart(nvcc: Path) -> list[str]:
     """Link flags for the static CUDA runtime of this nvcc's toolkit."""
     dry_run = run([str(nvcc), "-dryrun", "-c", os.devnull, "-x", "cu"])
-    match = re.search(r'LIBRARIES=\s*(.*)', dry_run)
+    match = re.search(r"LIBRARIES=\s*(.*)", dry_run)
     return [*shlex.split(match[1] if match else ""), "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
 
 
@@ -156,7 +156,9 @@ def ninja_file(rules: dict[str, str], objects: dict[Path, tuple[str, Path]], out
     return "\n".join(lines)
 
 
-def compile_module(output: Path, cxx: list[str], openmp: list[str], nvcc: Path | None, targets: list[str]) -> None:
+def compile_module(
+    output: Path, cxx: list[str], openmp: list[str], nvcc: Path | None, targets: list[str]
+) -> None:
     """Compile csrc in a folder of its own and move the finished module into place in one step, so that an
     interrupted or a concurrent build leaves nothing behind that another one could pick up."""
     import pybind11

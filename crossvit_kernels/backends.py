@@ -104,9 +104,7 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
-def choose(
-    operation: str, requested: str, call: Call, implementations: Mapping[str, Callable]
-) -> Callable:
+def choose(operation: str, requested: str, call: Call, implementations: Mapping[str, Callable]) -> Callable:
     """The function that computes `operation` for `call`.
 
     Args:

@@ -138,9 +138,7 @@ def cross_attention(
         dtype = patches.dtype if patches.dtype == torch.float64 else torch.get_autocast_dtype(device)
         wq, wk, wv, wo = (w.to(dtype) for w in (wq, wk, wv, wo))
         bq, bk, bv, bo = (None if b is None else b.to(dtype) for b in (bq, bk, bv, bo))
-    compute = choose(
-        "cross_attention", backend, Call(device, patches.dtype, wq.dtype), IMPLEMENTATIONS
-    )
+    compute = choose("cross_attention", backend, Call(device, patches.dtype, wq.dtype), IMPLEMENTATIONS)
 
     # Everything random is drawn here, in this order, so that a backend is a function of its arguments.
     attention_mask = None

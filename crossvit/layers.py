@@ -1,0 +1,170 @@
+"""Layers of one branch, under the names that the released checkpoints use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NormLayer = Callable[..., nn.Module]
+
+
+def _dagger_stem(patch_size: int, in_chans: int, width: int, **factory: Any) -> nn.Sequential:
+    """Three convolutions (the paper's dagger models) that together stride over one patch."""
+    strides = {12: ((3, 0), (1, 1)), 16: ((2, 1), (2, 1))}
+    if patch_size not in strides:
+        raise ValueError(f"multi_conv knows patch sizes 12 and 16, got {patch_size}")
+    (stride1, padding1), (stride2, padding2) = strides[patch_size]
+    return nn.Sequential(
+        nn.Conv2d(in_chans, width // 4, kernel_size=7, stride=4, padding=3, **factory),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width // 4, width // 2, kernel_size=3, stride=stride1, padding=padding1, **factory),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width // 2, width, kernel_size=3, stride=stride2, padding=padding2, **factory),
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Image [B, in_chans, height, width] -> patch tokens [B, P, C], row by row.
+
+    A remainder below one patch at the right and at the bottom is not seen.
+    """
+
+    def __init__(
+        self, patch_size: int, in_chans: int, embed_dim: int, multi_conv: bool = False, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        if multi_conv:
+            self.proj: nn.Module = _dagger_stem(patch_size, in_chans, embed_dim, **factory)
+        else:
+            self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **factory)
+
+    def forward(self, image: Tensor) -> Tensor:
+        # The three-convolution stem pads, so it would see part of the remainder; the single one would not.
+        height, width = (size // p * p for size, p in zip(image.shape[-2:], self.patch_size, strict=True))
+        if (height, width) != image.shape[-2:]:
+            image = image[..., :height, :width]
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch per image and scales the kept ones by 1 / (1 - drop_prob)."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        if keep > 0.0:
+            scale.div_(keep)
+        return x * scale
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, C] -> [B, N, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0
+        )  # [B, H, N, d]
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear; dropout after each."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **factory)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **factory)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Eq. 1: x + MSA(LN(x)), then x + FFN(LN(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        proj_drop: float,
+        attn_drop: float,
+        drop_path: float,
+        norm_layer: NormLayer,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim, **factory)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **factory)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+def projection(dim_in: int, dim_out: int, norm_layer: NormLayer, **factory: Any) -> nn.Sequential:
+    """f and g of Eq. 2-7 as the released models have them: LayerNorm, GELU, Linear."""
+    return nn.Sequential(norm_layer(dim_in, **factory), nn.GELU(), nn.Linear(dim_in, dim_out, **factory))
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Truncated normal (std 0.02) for Linear, ones and zeros for LayerNorm; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """[1, 1 + P, C] for one grid of patches -> another: bicubic over the patches, the CLS row kept."""
+    if grid == new_grid:
+        return embedding
+    cls, patches = embedding[:, :1], embedding[:, 1:]
+    image = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
+    patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
+    return torch.cat((cls, patches), dim=1)
