@@ -86,8 +86,17 @@ class MultiScaleBlock(nn.Module):
         S's and of L's CLS token.
         """
         tokens = [blocks(x) for blocks, x in zip(self.blocks, tokens, strict=True)]
+        return self.fuse(tokens, [_unobserved(blocks) for blocks in self.blocks], attention_maps)
+
+    def fuse(
+        self,
+        tokens: Sequence[Tensor],
+        owned: Sequence[bool] = (False, False),
+        attention_maps: list[list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """The fusion alone; `owned` says whose buffers it may write to (see `with_cls`)."""
         if isinstance(self.fusion, AllAttentionFusion):
-            return self.fusion(tokens)
+            return self.fusion(list(tokens))
         # Both directions read the tokens from before the fusion, so no row 0 is replaced until both are done.
         maps: list[Tensor] | None = None if attention_maps is None else []
         classes = []
@@ -102,10 +111,7 @@ class MultiScaleBlock(nn.Module):
             classes.append(back(cls))
         if attention_maps is not None and maps is not None:
             attention_maps.append(maps)
-        return [
-            with_cls(x, cls, owned=_unobserved(blocks))
-            for x, cls, blocks in zip(tokens, classes, self.blocks, strict=True)
-        ]
+        return [with_cls(*arguments) for arguments in zip(tokens, classes, owned, strict=True)]
 
 
 def _unobserved(blocks: nn.Module) -> bool:

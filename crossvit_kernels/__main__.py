@@ -1,0 +1,75 @@
+"""`python -m crossvit_kernels`: what runs on this machine, what does not, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, native
+from .backends import BACKENDS
+from .check import check_all
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m crossvit_kernels", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="run every kernel against its reference")
+    options = parser.parse_args()
+    print(f"crossvit-kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"machine: {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {_gpus()}")
+    _print_native()
+    print(f"Triton: {_triton()}")
+    print("\nbackends, in the order in which auto tries them:")
+    for backend in BACKENDS.values():
+        missing = backend.missing()
+        print(f"  {backend.name:10s} {'runs' if missing is None else 'does not run: ' + missing}")
+        print(f"             {backend.summary}")
+    if not options.check:
+        return 0
+    print("\nchecks against the reference in float64:")
+    passed = True
+    for line, good in check_all():
+        print(f"  {'ok  ' if good else 'FAIL'} {line}")
+        passed = passed and good
+    return 0 if passed else 1
+
+
+def _gpus() -> str:
+    # The count alone: asking for names would initialise CUDA.
+    count = torch.cuda.device_count()
+    return f"{count} CUDA device{'s' if count != 1 else ''}"
+
+
+def _print_native() -> None:
+    report = native.build_report()
+    error = native.load_error()
+    if error is not None:
+        print(f"native module: not available: {error}")
+    else:
+        built = report.get("cpu") or {}
+        pool = "torch's OpenMP threads" if built.get("openmp") else "one thread (built without OpenMP)"
+        print(f"native module: built by {built.get('compiler', 'an unknown compiler')}, {pool}")
+        print(f"  instruction sets here, best first: {', '.join(native.load().isas())}")
+    cuda = report.get("cuda")
+    if cuda and error is None:
+        print(f"  CUDA kernels: for {', '.join(cuda['targets'])} by nvcc {cuda['nvcc']}")
+    else:
+        print(f"  CUDA kernels: left out: {report.get('cuda_left_out') or 'no native module'}")
+
+
+def _triton() -> str:
+    # Looked up, not imported: importing it is left to the first kernel that needs it.
+    if importlib.util.find_spec("triton") is None:
+        return "not installed (no kernel of this version needs it)"
+    try:
+        return f"{version('triton')} (no kernel of this version needs it)"
+    except PackageNotFoundError:
+        return "installed, version unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
