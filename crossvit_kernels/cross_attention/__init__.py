@@ -127,8 +127,9 @@ def cross_attention(
     matrices = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     device = patches.device.type
-    autocast = torch.is_autocast_enabled(device)
-    _check_shapes(cls, patches, norm, matrices, biases, num_heads, residual_scale)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
+        _check_shapes(cls, patches, norm, matrices, biases, num_heads, residual_scale)
     _check_probability("dropout_p", dropout_p)
     _check_probability("proj_dropout_p", proj_dropout_p)
     _check_dtypes({"patches": patches, "cls": cls, **norm, **matrices, **biases}, autocast)

@@ -112,7 +112,10 @@ class AbsorbedAttention(torch.autograd.Function):
         cls, patches, query, key_bias, mask, attention = ctx.saved_tensors
         if dz is None and dattention is None:
             return (None,) * 6
-        with torch.autocast(query.device.type, enabled=False):
+        device = query.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
+        with torch.autocast(device, enabled=False):
             return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
 
 
