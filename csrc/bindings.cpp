@@ -40,12 +40,11 @@ PYBIND11_MODULE(_native, m) {
         py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("eps"),
         py::arg("mean"), py::arg("rstd"), py::arg("isa") = "auto");
 #ifdef CROSSVIT_CUDA
-    m.def("layer_norm_statistics_cuda",
-          [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride, float eps, uintptr_t mean,
-             uintptr_t rstd, uintptr_t stream) {
-              return crossvit::layer_norm_statistics_cuda(pointer<const float>(x), rows, columns, row_stride,
-                                                          eps, pointer<float>(mean), pointer<float>(rstd),
-                                                          pointer<void>(stream));
-          });
+    m.def("layer_norm_statistics_cuda", [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride,
+                                           float eps, uintptr_t mean, uintptr_t rstd, uintptr_t stream) {
+        return crossvit::layer_norm_statistics_cuda(pointer<const float>(x), rows, columns, row_stride, eps,
+                                                    pointer<float>(mean), pointer<float>(rstd),
+                                                    pointer<void>(stream));
+    });
 #endif
 }

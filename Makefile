@@ -1,0 +1,53 @@
+# make demo   crossvit_18 on a photograph, compared with timm
+# make test   the tests
+# Both set up .venv on the first run and install nothing that is there already.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# What the installed package depends on; a change installs again.
+INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-packaging bench lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/crossvit demo examples/cat.png
+
+test: $(VENV)/.test
+	$(PYTEST) tests -n $(WORKERS) -m "not packaging"
+
+# Builds and installs in fresh environments, once for every Python on this machine; needs a package index.
+test-packaging: $(VENV)/.test
+	$(PYTEST) tests -m packaging
+
+bench: $(VENV)/.test
+	$(PYTEST) benchmarks --benchmark-only
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+# Extras contain each other: dev has test, test has demo. A stamp also stands for those it contains.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.python $(INPUTS)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$(subst .,,$(notdir $@))]'
+	@touch $(VENV)/.demo
+	@case $@ in *.test|*.dev) touch $(VENV)/.test;; esac
+	@touch $@
+
+# The first Python of 3.10 or newer that can make environments, unless PYTHON names one.
+$(VENV)/.python:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV) && touch $@ && exit 0; fi; done; \
+	echo 'Python 3.10 or newer with the module venv is needed; name one with make PYTHON=...' >&2; exit 1
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info crossvit_kernels/_native*.so crossvit_kernels/_build_report.json

@@ -1,0 +1,137 @@
+"""What the benchmarks share: options, the race of rivals, and where results go.
+
+`pytest benchmarks --benchmark-only` runs on the GPU where there is one, else on the CPU; `--full` adds the
+large sizes. Each run leaves benchmarks/results/<machine>.json unless --benchmark-json names another file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import crossvit_kernels
+from crossvit._timm import import_timm
+from crossvit_kernels import native
+from crossvit_kernels.measure import compare, interleaved, peak_bytes
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 15
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="add the large sizes (tens of minutes on two cores)")
+
+
+def machine_name() -> str:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        import cpuinfo
+
+        name = f"{cpuinfo.get_cpu_info().get('brand_raw', 'cpu')} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a large size, run with --full only")
+    if getattr(config.option, "benchmark_json", None) is None and not config.option.collectonly:
+        RESULTS.mkdir(exist_ok=True)
+        config._crossvit_results = RESULTS / f"{machine_name()}.json"
+        # Written beside and renamed at the end: an interrupted run leaves the earlier results.
+        config.option.benchmark_json = str(config._crossvit_results.with_suffix(".json.part"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    target: Path | None = getattr(config, "_crossvit_results", None)
+    if target is None:
+        return
+    part = target.with_suffix(".json.part")
+    if part.exists() and part.stat().st_size > 0:
+        os.replace(part, target)
+    part.unlink(missing_ok=True)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)
+    machine_info["device"] = machine_name()
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["versions"] = {
+        "crossvit-kernels": crossvit_kernels.__version__,
+        "torch": torch.__version__,
+        "timm": import_timm().__version__,
+        "cuda": torch.version.cuda,
+    }
+    machine_info["native"] = native.build_report()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def large(*values: object) -> Any:
+    """A parameter set that only --full runs."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+Race = Callable[[Callable[[], object], Mapping[str, Callable[[], object]]], None]
+_lines: list[str] = []
+
+
+@pytest.fixture
+def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Race:
+    """Times a function against rivals, in turn, and keeps ratios and peak memory in extra_info."""
+
+    def run(ours: Callable[[], object], rivals: Mapping[str, Callable[[], object]]) -> None:
+        samples = interleaved({"ours": ours, **rivals}, ROUNDS, device)
+        memory = {name: peak_bytes(call, device) for name, call in {"ours": ours, **rivals}.items()}
+        benchmark.extra_info["peak_bytes"] = memory
+        for name in rivals:
+            comparison = compare(samples["ours"], samples[name])
+            benchmark.extra_info[f"against {name}"] = {
+                "rival_seconds": comparison.rival.median,
+                "ours_seconds": comparison.ours.median,
+                "ratio": comparison.ratio.median,
+                "low": comparison.ratio.low,
+                "high": comparison.ratio.high,
+                "memory_ratio": memory[name] / max(memory["ours"], 1),
+            }
+            times = f"{comparison.ours.median * 1e3:9.3f} ms {comparison.rival.median * 1e3:9.3f} ms"
+            sizes = f"{memory['ours'] / 1e6:8.2f} MB {memory[name] / 1e6:8.2f} MB"
+            _lines.append(f"{request.node.name:62s} {name:14s} {times} {sizes}  {comparison.words()}")
+        benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _lines:
+        terminalreporter.section("races: this package, rival, then peak memory of both; intervals are 95 %")
+        for line in _lines:
+            terminalreporter.write_line(line)
+    target = getattr(config, "_crossvit_results", None)
+    if target is not None:
+        terminalreporter.write_line(f"results in {target}")
+
+
+def assert_close(got: Tensor, want: Tensor, bound: float) -> None:
+    """A benchmark of a wrong result is worth nothing: compared before anything is timed."""
+    assert torch.isfinite(got).all()
+    error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+    assert error < bound, f"relative error {error:.1e}, allowed {bound:.0e}"

@@ -1,0 +1,43 @@
+"""The whole model against timm's, against itself with the eager fusion, and against all-attention fusion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.conftest import Race, assert_close, large
+from crossvit import create_model
+from crossvit._timm import import_timm
+
+CASES = [("crossvit_18_240", 1), ("crossvit_9_240", 8)]
+CASES += [large("crossvit_18_240", 8), large("crossvit_18_dagger_408", 1), large("crossvit_base_240", 8)]
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize(("name", "batch"), CASES, ids=lambda value: str(value))
+@pytest.mark.benchmark(group="model")
+def test_model(name, batch, mode, device, race: Race):
+    torch.manual_seed(0)
+    ours = create_model(name)
+    models = {
+        "timm": import_timm().create_model(name),
+        "eager fusion": create_model(name, backend="reference"),
+        "all-attention": create_model(name, fusion="all"),
+    }
+    for rival in ("timm", "eager fusion"):
+        models[rival].load_state_dict(ours.state_dict())
+    for model in (ours, *models.values()):
+        model.eval().to(device)
+    image = torch.randn(batch, 3, *ours.img_size, device=device)
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return model(image)
+
+    def step(model: nn.Module) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(image).square().mean(), list(model.parameters()))
+
+    assert_close(forward(ours), forward(models["timm"]), 1e-5 if device.type == "cpu" else 1e-3)
+    run = forward if mode == "forward" else step
+    race(lambda: run(ours), {key: (lambda m=model: run(m)) for key, model in models.items()})
