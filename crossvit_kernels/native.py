@@ -69,14 +69,18 @@ def has_cuda() -> bool:
 def layer_norm_statistics(
     x: torch.Tensor, eps: float = 1e-6, *, isa: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1/sqrt(variance + eps) of every row of x [rows, columns], float32, on the CPU.
+    """Mean and 1/sqrt(variance + eps) of every row of x [rows, columns], float32, on the CPU or a CUDA GPU.
 
-    Rows may be any distance apart; columns are contiguous. `isa` picks the instruction set: "auto" or one of
-    `load().isas()`.
+    Rows may be any distance apart; columns are contiguous. `isa` picks the CPU's instruction set: "auto" or
+    one of `load().isas()`.
+
+    Raises:
+        ValueError: x is something else.
+        RuntimeError: the module is missing, was built without CUDA, or the launch failed.
     """
-    if x.ndim != 2 or x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.ndim != 2 or x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            "x must be a float32 tensor [rows, columns] on the CPU, "
+            "x must be a float32 tensor [rows, columns] on a CPU or a CUDA GPU, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
     rows, columns = x.shape
@@ -84,8 +88,19 @@ def layer_norm_statistics(
         raise ValueError("x must have at least one column, got 0: a mean needs an element")
     if columns > 1 and x.stride(1) != 1:
         raise ValueError(f"columns of x must be contiguous, got stride {x.stride(1)}: call x.contiguous()")
+    module = load()
+    if x.is_cuda and not has_cuda():
+        raise RuntimeError(f"the native module has no CUDA kernels: {build_report().get('cuda_left_out')}")
     mean, rstd = x.new_empty(rows), x.new_empty(rows)
-    load().layer_norm_statistics_cpu(
-        x.data_ptr(), rows, columns, x.stride(0), eps, mean.data_ptr(), rstd.data_ptr(), isa
-    )
+    arguments = (x.data_ptr(), rows, columns, x.stride(0), eps, mean.data_ptr(), rstd.data_ptr())
+    if not x.is_cuda:
+        module.layer_norm_statistics_cpu(*arguments, isa)
+        return mean, rstd
+    with torch.cuda.device(x.device):
+        code = module.layer_norm_statistics_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    if code != 0:
+        raise RuntimeError(
+            f"layer_norm_statistics could not be launched on {x.device}: CUDA error {code}; "
+            f"built for {build_report()['cuda']['targets']}"
+        )
     return mean, rstd

@@ -50,7 +50,7 @@ def test_enough_rows_for_every_thread_and_none_at_all():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (torch.zeros(3), r"\[rows, columns\] on the CPU, got torch.float32 \[3\]"),
+        (torch.zeros(3), r"\[rows, columns\] on a CPU or a CUDA GPU, got torch.float32 \[3\]"),
         (torch.zeros(3, 4).double(), "got torch.float64"),
         (torch.zeros(3, 0), "at least one column"),
         (torch.zeros(3, 4).T, r"stride 4: call x.contiguous\(\)"),
@@ -170,7 +170,7 @@ def test_the_diagnosis_runs_and_checks_itself():
     done = subprocess.run(
         [sys.executable, "-m", "crossvit_kernels", "--check"], capture_output=True, text=True, check=True
     )
-    assert re.search(r"ok +cross_attention, torch, forward and gradients", done.stdout)
+    assert re.search(r"ok +cross_attention, torch on cpu, forward and gradients", done.stdout)
     assert "FAIL" not in done.stdout
     if native.load_error() is None:
         assert f"native {isas()[0]}" in done.stdout

@@ -162,7 +162,7 @@ def test_without_any_compiler(source, tmp_path):
     run(binary, "-m", "pip", "install", "--no-deps", source, env=environment(PATH=path))
     output = run(binary, *DIAGNOSE, env=environment(PATH=path), cwd=tmp_path).stdout
     assert "without the native module: no C++ compiler was found (CXX=unset)" in output
-    assert "ok   cross_attention, torch" in output
+    assert "ok   cross_attention, torch on cpu" in output
     assert "torch.Size([1, 1000])" in run(binary, "-c", MODEL, cwd=tmp_path).stdout
 
 

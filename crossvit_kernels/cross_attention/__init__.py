@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_enabled
 from ..backends import Call, choose
 from . import absorbed, reference
 
@@ -127,7 +128,7 @@ def cross_attention(
     matrices = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     device = patches.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocast_enabled(device)
     if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
         _check_shapes(cls, patches, norm, matrices, biases, num_heads, residual_scale)
     _check_probability("dropout_p", dropout_p)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_enabled
+
 
 def cross_attention(
     cls: Tensor,
@@ -113,7 +115,7 @@ class AbsorbedAttention(torch.autograd.Function):
         if dz is None and dattention is None:
             return (None,) * 6
         device = query.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not autocast_enabled(device):
             return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
         with torch.autocast(device, enabled=False):
             return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
