@@ -51,9 +51,11 @@ def _check_cross_attention(backend: str, device: str) -> tuple[str, bool]:
     pairs = zip(outputs(torch.float32, backend), outputs(torch.float64, "reference"), strict=True)
     # wk's bias has gradient zero: only rounding is left of it, which has no relative size.
     errors = [_relative_error(got, want) for i, (got, want) in enumerate(pairs) if i != 8]
-    return f"cross_attention, {backend}, forward and gradients: {max(errors):.1e} relative", max(
-        errors
-    ) < 1e-5
+    worst = max(errors)
+    return (
+        f"cross_attention, {backend} on {device}, forward and gradients: {worst:.1e} relative",
+        worst < 1e-5,
+    )
 
 
 def _check_layer_norm_statistics(isa: str, device: str) -> tuple[str, bool]:

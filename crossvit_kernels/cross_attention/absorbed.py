@@ -53,7 +53,7 @@ def cross_attention(
     query = torch.bmm(q, wk.view(num_heads, head_width, width)).transpose(0, 1)  # [B, H, C]
     query = (query * (gamma * head_width**-0.5)).to(dtype)
 
-    z, attention = _attend(cls, patches, query, bk, attention_mask, eps)
+    z, attention = _attend(cls, patches, query, attention_mask, eps)
 
     total = None if attention_mask is None else (attention * attention_mask).sum(-1, keepdim=True).to(dtype)
     u = z * gamma.to(dtype)  # [B, H, C]
@@ -64,36 +64,64 @@ def cross_attention(
         bv = bv.view(num_heads, head_width)
         o = o + (bv if total is None else total * bv)
     output = F.linear(o.reshape(-1, 1, width), wo, bo)
+    if _differentiated(bk):
+        output = ZeroGradient.apply(output, bk)
     if residual_scale is not None:
         output = output * residual_scale
     return (cls + output).to(cls.dtype), attention
 
 
 def _attend(
-    cls: Tensor, patches: Tensor, query: Tensor, key_bias: Tensor | None, mask: Tensor | None, eps: float
+    cls: Tensor, patches: Tensor, query: Tensor, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`AbsorbedAttention`, or its forward alone where nothing is to be differentiated or a graph of plain
-    operators is wanted (torch.jit.trace, ONNX and torch.export cannot hold an autograd.Function)."""
-    inputs = (cls, patches, query, key_bias)
-    differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if differentiate and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-        return AbsorbedAttention.apply(*inputs, mask, eps)
-    return AbsorbedAttention.forward(*inputs, mask, eps)
+    """`AbsorbedAttention`, or its forward alone where there is nothing to differentiate."""
+    if _differentiated(cls, patches, query):
+        return AbsorbedAttention.apply(cls, patches, query, mask, eps)
+    return AbsorbedAttention.forward(cls, patches, query, mask, eps)
+
+
+def _differentiated(*inputs: Tensor | None) -> bool:
+    """Whether to go through an autograd.Function: not where a graph of plain operators is being made, which
+    could not hold one (torch.jit.trace, ONNX, torch.export)."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return any(x is not None and x.requires_grad for x in inputs)
+
+
+class ZeroGradient(torch.autograd.Function):
+    """x unchanged; `constant`, on which it does not depend, gets a gradient of zeros instead of None.
+
+    The key's bias cancels in the softmax: its gradient is exactly zero, and optimisers, DDP and people who
+    loop over parameters expect a tensor.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, constant: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (constant,) = ctx.saved_tensors
+        return grad, torch.zeros_like(constant)
 
 
 class AbsorbedAttention(torch.autograd.Function):
     """z [B, H, C] and the attention [B, H, 1 + P] of absorbed queries over normalised tokens.
 
     Saves its inputs and the attention, nothing of size B N C; the tokens are normalised again in backward.
-    `key_bias` does not enter the value: it cancels in the softmax, and its gradient is exactly zero. It is an
-    argument so that this gradient is a tensor of zeros, as every optimiser expects, and not None.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        cls: Tensor, patches: Tensor, query: Tensor, key_bias: Tensor | None, mask: Tensor | None, eps: float
+        cls: Tensor, patches: Tensor, query: Tensor, mask: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
         cls_hat, patches_hat = (_normalise(x, query.dtype, eps)[0] for x in (cls, patches))
         attention = _softmax_scores(query, cls_hat, patches_hat)
@@ -103,22 +131,22 @@ class AbsorbedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        cls, patches, query, key_bias, mask, eps = inputs
+        cls, patches, query, mask, eps = inputs
         _, attention = output
-        ctx.save_for_backward(cls, patches, query, key_bias, mask, attention)
+        ctx.save_for_backward(cls, patches, query, mask, attention)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dattention: Tensor | None) -> tuple[Tensor | None, ...]:
-        cls, patches, query, key_bias, mask, attention = ctx.saved_tensors
+        cls, patches, query, mask, attention = ctx.saved_tensors
         if dz is None and dattention is None:
-            return (None,) * 6
+            return (None,) * 5
         device = query.device.type
         if not autocast_enabled(device):
-            return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
+            return _backward(ctx, cls, patches, query, mask, attention, dz, dattention)
         with torch.autocast(device, enabled=False):
-            return _backward(ctx, cls, patches, query, key_bias, mask, attention, dz, dattention)
+            return _backward(ctx, cls, patches, query, mask, attention, dz, dattention)
 
 
 def _backward(
@@ -126,7 +154,6 @@ def _backward(
     cls: Tensor,
     patches: Tensor,
     query: Tensor,
-    key_bias: Tensor | None,
     mask: Tensor | None,
     attention: Tensor,
     dz: Tensor | None,
@@ -165,8 +192,7 @@ def _backward(
             (patches, hats[1], slice(1, None), ctx.needs_input_grad[1]),
         )
     )
-    dkey_bias = torch.zeros_like(key_bias) if key_bias is not None and ctx.needs_input_grad[3] else None
-    return dcls, dpatches, dquery, dkey_bias, None, None
+    return dcls, dpatches, dquery, None, None
 
 
 def _normalise(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor, Tensor]:
