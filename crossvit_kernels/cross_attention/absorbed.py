@@ -81,9 +81,9 @@ def _attend(
 
 
 def _differentiated(*inputs: Tensor | None) -> bool:
-    """Whether to go through an autograd.Function: not where a graph of plain operators is being made, which
-    could not hold one (torch.jit.trace, ONNX, torch.export)."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    """Whether to go through an autograd.Function: where there is something to differentiate, and not under
+    torch.jit.trace, whose graphs cannot hold one."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     return any(x is not None and x.requires_grad for x in inputs)
 
