@@ -1,0 +1,34 @@
+"""`python -m benchmarks.report FILE`: a results file as a Markdown table, the one in the README."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def table(path: Path) -> str:
+    """Markdown of every race in a results file, and a line that says where and when it was run."""
+    results = json.loads(path.read_text())
+    machine = results["machine_info"]
+    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
+    lines = [
+        f"{machine['device']}; {versions}; commit {results['commit_info']['id'][:10]}; {results['datetime'][:10]}.",
+        "",
+        "| benchmark | rival | ours | rival | ratio (95 % interval) | memory, rival over ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for bench in results["benchmarks"]:
+        for key, race in bench["extra_info"].items():
+            if not key.startswith("against "):
+                continue
+            name = bench["name"].removeprefix("test_").replace("[", ": ").rstrip("]").replace("_", " ")
+            ratio = f"{race['ratio']:.2f} ({race['low']:.2f}-{race['high']:.2f})"
+            times = (f"{race[which] * 1e3:.2f} ms" for which in ("ours_seconds", "rival_seconds"))
+            cells = (name, key.removeprefix("against "), *times, ratio, f"{race['memory_ratio']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
