@@ -12,8 +12,9 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text())
     machine = results["machine_info"]
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
+    commit, day = results["commit_info"]["id"][:10], results["datetime"][:10]
     lines = [
-        f"{machine['device']}; {versions}; commit {results['commit_info']['id'][:10]}; {results['datetime'][:10]}.",
+        f"{machine['device']}; {versions}; commit {commit}; {day}.",
         "",
         "| benchmark | rival | ours | rival | ratio (95 % interval) | memory, rival over ours |",
         "|---|---|---|---|---|---|",

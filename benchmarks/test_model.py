@@ -31,13 +31,15 @@ def test_model(name, batch, mode, device, race: Race):
         model.eval().to(device)
     image = torch.randn(batch, 3, *ours.img_size, device=device)
 
-    def forward(model: nn.Module) -> Tensor:
+    def forward(model: nn.Module) -> list[Tensor]:
         with torch.inference_mode():
-            return model(image)
+            return [model(image)]
 
-    def step(model: nn.Module) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(model(image).square().mean(), list(model.parameters()))
+    def training(model: nn.Module) -> list[Tensor]:
+        logits = model(image)
+        return [logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
 
-    assert_close(forward(ours), forward(models["timm"]), 1e-5 if device.type == "cpu" else 1e-3)
-    run = forward if mode == "forward" else step
-    race(lambda: run(ours), {key: (lambda m=model: run(m)) for key, model in models.items()})
+    run = forward if mode == "forward" else training
+    # On a GPU the convolutions may be computed in tf32.
+    assert_close(run(ours), run(models["timm"]), 1e-4 if device.type == "cpu" else 1e-2)
+    race(lambda: run(ours), {name: (lambda m=model: run(m)) for name, model in models.items()})

@@ -39,19 +39,24 @@ def _parser() -> argparse.ArgumentParser:
         "help": "a file, or a release to download; by default what an earlier download left here",
     }
 
+    device: dict[str, Any] = {
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+        "help": "cpu, cuda, cuda:1, … (a GPU where there is one)",
+    }
+
     demo = commands.add_parser("demo", help="compare and measure this package against timm on a photograph")
     demo.add_argument("image", type=Path)
     demo.add_argument("--model", default="crossvit_18")
     demo.add_argument("--weights", **weights)
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder of the two pictures (out)")
-    demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    demo.add_argument("--device", **device)
     demo.set_defaults(run=_demo)
 
     classify = commands.add_parser("classify", help="name what photographs show")
     classify.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     classify.add_argument("--model", default="crossvit_18")
     classify.add_argument("--weights", **weights)
-    classify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    classify.add_argument("--device", **device)
     classify.add_argument("--top", type=int, default=5, help="classes an image (5)")
     classify.add_argument("--json", action="store_true", help="print JSON")
     classify.set_defaults(run=_classify)
