@@ -329,6 +329,22 @@ def test_residual_scale(backend):
         assert relative_error(got, want) < 1e-13
 
 
+@both
+def test_an_empty_batch_with_everything_random(backend):
+    tensors = leaves(operands(batch=0))
+    y = cross_attention(
+        *tensors,
+        num_heads=4,
+        dropout_p=0.2,
+        proj_dropout_p=0.1,
+        residual_scale=torch.ones(0),
+        backend=backend,
+    )
+    y.sum().backward()
+    assert y.shape == (0, 1, 48)
+    assert all(x.grad is not None and not x.grad.any() for x in tensors)
+
+
 # Choice of backend
 
 

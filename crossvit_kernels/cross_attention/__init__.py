@@ -14,6 +14,7 @@ from torch import Tensor
 from ..autocast import autocast_enabled
 from ..backends import Call, choose
 from . import absorbed, reference
+from .operands import Operands
 
 __all__ = ["cross_attention"]
 
@@ -152,20 +153,22 @@ def cross_attention(
         )
         attention_mask = F.dropout(ones, dropout_p)
     if residual_scale is not None:
-        residual_scale = residual_scale.to(cls.dtype).view(cls.shape[0], 1, -1)
+        if residual_scale.ndim == 1:
+            residual_scale = residual_scale[:, None, None]
+        residual_scale = residual_scale.to(cls.dtype)
     if proj_dropout_p > 0:
         kept = F.dropout(torch.ones_like(cls), proj_dropout_p)
         residual_scale = kept if residual_scale is None else kept * residual_scale
 
-    arguments = (
+    operands = Operands(
         cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo,
         num_heads, eps, attention_mask, residual_scale,
     )  # fmt: skip
     if autocast:  # the backend has its operands in the right dtypes; autocast would round its float32 sums
         with torch.autocast(device, enabled=False):
-            y, attention = compute(*arguments)
+            y, attention = compute(operands)
     else:
-        y, attention = compute(*arguments)
+        y, attention = compute(operands)
     return (y, attention) if return_attention else y
 
 

@@ -21,27 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import autocast_enabled
+from .operands import Operands
 
 
-def cross_attention(
-    cls: Tensor,
-    patches: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    wv: Tensor,
-    bv: Tensor | None,
-    wo: Tensor,
-    bo: Tensor | None,
-    num_heads: int,
-    eps: float,
-    attention_mask: Tensor | None,
-    residual_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.cross_attention`; the arguments and results are the same."""
+def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+    """y and the attention, as `reference.cross_attention` defines them."""
+    cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands[:12]
+    num_heads, eps = operands.num_heads, operands.eps
+    attention_mask, residual_scale = operands.attention_mask, operands.residual_scale
     dtype = wq.dtype
     width = cls.shape[-1]
     head_width = width // num_heads

@@ -6,30 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operands import Operands
 
-def cross_attention(
-    cls: Tensor,
-    patches: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    wv: Tensor,
-    bv: Tensor | None,
-    wo: Tensor,
-    bo: Tensor | None,
-    num_heads: int,
-    eps: float,
-    attention_mask: Tensor | None,
-    residual_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y = cls + residual_scale * MCA(LN([cls || patches])) and the attention before its dropout mask.
 
-    The arguments are those of the public function, the random ones already drawn: `attention_mask`
-    [B, H, 1 + P] multiplies the attention, `residual_scale` [B, 1, 1 or C] the projected output.
-    """
+def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+    """y = cls + residual_scale * MCA(LN([cls || patches])), and the attention."""
+    cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands[:12]
+    num_heads, eps = operands.num_heads, operands.eps
+    attention_mask, residual_scale = operands.attention_mask, operands.residual_scale
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
