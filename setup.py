@@ -6,7 +6,7 @@ What was left out, why, and the compiler's first error line are stored beside th
 shows it. No torch is needed: csrc includes none of its headers.
 
 Environment: CXX (compiler), CROSSVIT_CUDA (0 leaves CUDA out, 1 fails without it), TORCH_CUDA_ARCH_LIST
-(as torch reads it: "8.0;9.0a+PTX"), CUDA_HOME (toolkit), MAX_JOBS (parallel compilers).
+(numbers as torch reads them: "8.0;9.0a+PTX"), CUDA_HOME (toolkit), MAX_JOBS (parallel compilers).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def find_cxx() -> list[str] | None:
     """The C++ compiler as command words, or None. A CXX that does not exist is not replaced by another."""
     if os.environ.get("CXX"):
         words = shlex.split(os.environ["CXX"])
-        return words if shutil.which(words[0]) else None
+        return words if words and shutil.which(words[0]) else None
     candidates = [sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"]
     for words in map(shlex.split, candidates):
         if words and shutil.which(words[0]):
@@ -161,8 +161,10 @@ def compile_module(
 ) -> None:
     """Compile csrc in a folder of its own and move the finished module into place in one step, so that an
     interrupted or a concurrent build leaves nothing behind that another one could pick up."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError(f"error: {error} (a build requirement, see pyproject.toml)") from error
     includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
     common = ["-O3", "-std=c++17", *(f"-I{path}" for path in dict.fromkeys(includes))]
     hidden = ["-fPIC", "-fvisibility=hidden"]
@@ -177,7 +179,9 @@ def compile_module(
         libraries = []
         if nvcc:
             cuda = [str(nvcc), *common, *defines, f"-Xcompiler={','.join(hidden)}", "-lineinfo"]
-            cuda += [f"-ccbin={cxx[0]}", *gencode_flags(targets)]
+            # The last word that names a program: CXX may begin with a launcher such as ccache.
+            host = [word for word in cxx if not word.startswith("-")][-1]
+            cuda += [f"-ccbin={host}", *gencode_flags(targets)]
             rules["cuda"] = shlex.join(cuda) + " -c $in -o $out"
             sources += [("cuda", path) for path in sorted(CSRC.rglob("*.cu"))]
             libraries = static_cudart(nvcc)
@@ -222,7 +226,7 @@ def build(output: Path) -> dict[str, object]:
         left_out("cuda", reason)
         return report
 
-    targets, nvcc = cuda_targets(), find_nvcc()
+    nvcc = find_nvcc()
     if demanded == "0":
         nvcc = None
         left_out("cuda", "CROSSVIT_CUDA=0 was set")
@@ -231,7 +235,7 @@ def build(output: Path) -> dict[str, object]:
     openmp = openmp_flags(cxx)
     if nvcc:
         try:
-            release = nvcc_release(nvcc)
+            targets, release = cuda_targets(), nvcc_release(nvcc)
             compile_module(output, cxx, openmp, nvcc, targets)
             report["cuda"] = {"nvcc": release, "targets": targets}
         except BuildError as error:

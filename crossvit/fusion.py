@@ -5,7 +5,7 @@ A fusion takes and gives the tokens of both branches, [B, 1 + P, C] each, and ke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,21 @@ from torch import Tensor, nn
 
 from crossvit_kernels import cross_attention
 
-from .layers import Attention, DropPath, NormLayer, projection
+from .layers import Attention, DropPath, NormLayer, check_heads, projection
 
 
 class CrossAttention(nn.Module):
-    """The parameters of one single-query cross-attention; `CrossAttentionBlock` computes with them."""
+    """Attention of row 0 over all rows, [B, N, C] -> [B, 1, C], as timm's module of this name computes it.
+
+    The models compute it together with the LayerNorm in `CrossAttentionBlock`, which reads these parameters
+    and calls this forward only where someone has changed or hooked a submodule.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **factory: Any
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.wq = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.wk = nn.Linear(dim, dim, bias=qkv_bias, **factory)
@@ -31,9 +36,21 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
+
+        q, k, v = heads(self.wq(x[:, :1])), heads(self.wk(x)), heads(self.wv(x))
+        attention = self.attn_drop((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+        return self.proj_drop(self.proj((attention @ v).transpose(1, 2).flatten(2)))
+
 
 class CrossAttentionBlock(nn.Module):
-    """Eq. 7, first line: cls + MCA(LN([cls || patches])), the query from the CLS token alone."""
+    """Eq. 7, first line: cls + MCA(LN([cls || patches])), the query from the CLS token alone.
+
+    Computed by `crossvit_kernels.cross_attention` from the parameters of its submodules. A submodule that is
+    no longer plain (adapters, pruning, quantisation, hooks, another norm) is called as a module instead.
+    """
 
     def __init__(
         self,
@@ -49,42 +66,69 @@ class CrossAttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim, **factory)
-        if not isinstance(self.norm1, nn.LayerNorm) or self.norm1.weight is None:
-            raise TypeError(
-                "norm_layer must make torch.nn.LayerNorm with a weight: the cross-attention computes it "
-                f"inside, got {self.norm1}"
-            )
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.backend = backend
+
+    def _changed(self) -> list[str]:
+        """Names of the submodules whose own forward has to run."""
+        names = [] if _is_plain(self.attn, CrossAttention) else ["attn"]
+        if not _is_plain(self.norm1, nn.LayerNorm) or self.norm1.weight is None:
+            names.append("norm1")
+        parts = ("wq", "wk", "wv", "proj")
+        names += [
+            f"attn.{part}" for part in parts if not _is_plain(getattr(self.attn, part, None), nn.Linear)
+        ]
+        return names
 
     def forward(self, cls: Tensor, patches: Tensor, attention_maps: list[Tensor] | None = None) -> Tensor:
         """cls [B, 1, C] and the other branch's patches [B, P, C] -> the new cls.
 
         `attention_maps`, where given, gains the attention [B, H, 1 + P].
+
+        Raises:
+            RuntimeError: a submodule was changed, and a backend is named or the attention is asked for.
         """
-        attn, norm = self.attn, self.norm1
+        changed = self._changed()
+        if changed:
+            if self.backend != "auto" or attention_maps is not None:
+                wanted = "give the attention" if attention_maps is not None else f"run on {self.backend!r}"
+                raise RuntimeError(
+                    f"the cross-attention cannot {wanted}: {', '.join(changed)} was replaced or has hooks, "
+                    'so it runs through its modules; use backend="auto" without attention maps'
+                )
+            return cls + self.drop_path(self.attn(self.norm1(torch.cat((cls, patches), dim=1))))
+        attn, norm = self.attn, cast(nn.LayerNorm, self.norm1)
         scale = None
         if self.training and (attn.proj_drop.p > 0 or not isinstance(self.drop_path, nn.Identity)):
             # Drawn as timm draws them, the projection's dropout first: one seed gives the same masks.
             scale = self.drop_path(attn.proj_drop(torch.ones_like(cls)))
-        arguments: tuple[Any, ...] = (
-            *(cls, patches, norm.weight, norm.bias),
-            *(attn.wq.weight, attn.wq.bias, attn.wk.weight, attn.wk.bias),
-            *(attn.wv.weight, attn.wv.bias, attn.proj.weight, attn.proj.bias),
+        y, attention = cross_attention(
+            cls,
+            patches,
+            *(norm.weight, norm.bias),
+            *(attn.wq.weight, attn.wq.bias),
+            *(attn.wk.weight, attn.wk.bias),
+            *(attn.wv.weight, attn.wv.bias),
+            *(attn.proj.weight, attn.proj.bias),
+            num_heads=attn.num_heads,
+            eps=norm.eps,
+            dropout_p=attn.attn_drop.p if self.training else 0.0,
+            residual_scale=scale,
+            return_attention=True,
+            backend=self.backend,
         )
-        options: dict[str, Any] = {
-            "num_heads": attn.num_heads,
-            "eps": norm.eps,
-            "dropout_p": attn.attn_drop.p if self.training else 0.0,
-            "residual_scale": scale,
-            "backend": self.backend,
-        }
-        if attention_maps is None:
-            return cross_attention(*arguments, **options)
-        cls, attention = cross_attention(*arguments, **options, return_attention=True)
-        attention_maps.append(attention)
-        return cls
+        if attention_maps is not None:
+            attention_maps.append(attention)
+        return y
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling the module would do what its class does and nothing else."""
+    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class AllAttentionFusion(nn.Module):
@@ -120,19 +164,6 @@ class AllAttentionFusion(nn.Module):
         y = y + self.drop_path(self.attn(self.norm1(y)))
         large, small = y.split(lengths, dim=1)
         return [g(x) for g, x in zip(self.revert_projs, (small, large), strict=True)]
-
-
-def with_cls(tokens: Tensor, cls: Tensor, owned: bool) -> Tensor:
-    """The tokens [B, 1 + P, C] with row 0 replaced by cls [B, 1, C].
-
-    In place, without a copy, only where nobody can notice: `owned` says that the caller made the buffer and
-    no one else holds it, and nothing is recorded for backward.
-    """
-    cls = cls.to(tokens.dtype)
-    if owned and not torch.is_grad_enabled():
-        tokens[:, :1] = cls
-        return tokens
-    return torch.cat((cls, tokens[:, 1:]), dim=1)
 
 
 def attention_grid(attention: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 NormLayer = Callable[..., nn.Module]
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide the branch's width {dim}, got {num_heads}")
+
+
 def _dagger_stem(patch_size: int, in_chans: int, width: int, **factory: Any) -> nn.Sequential:
     """Three convolutions (the paper's dagger models) that together stride over one patch."""
     strides = {12: ((3, 0), (1, 1)), 16: ((2, 1), (2, 1))}
@@ -30,8 +35,12 @@ def _dagger_stem(patch_size: int, in_chans: int, width: int, **factory: Any) -> 
 class PatchEmbed(nn.Module):
     """Image [B, in_chans, height, width] -> patch tokens [B, P, C], row by row.
 
-    A remainder below one patch at the right and at the bottom is not seen.
+    A remainder below one patch at the right and at the bottom is not seen. `img_size` and `num_patches` say
+    what the model is built for; forward takes any image.
     """
+
+    img_size: tuple[int, int]
+    num_patches: int
 
     def __init__(
         self, patch_size: int, in_chans: int, embed_dim: int, multi_conv: bool = False, **factory: Any
@@ -84,6 +93,7 @@ class Attention(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.attn_drop = nn.Dropout(attn_drop)

@@ -107,10 +107,11 @@ class CrossViT(nn.Module):
         self.embed_dim = tuple(embed_dim)
         self.num_features = self.head_hidden_size = sum(embed_dim)
         self.grad_checkpointing = False
-        self.pretrained_cfg: dict[str, Any] = {}  # what timm's data helpers read; create_model fills it
+        # What timm's data helpers read; create_model fills them.
+        self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg: dict[str, Any] = {}
 
         self.img_size = self._check_built_size(_pair(img_size))
-        self.img_size_scaled = self.branch_sizes(self.img_size)
         for b, (rows, columns) in enumerate(self.grid_sizes(self.img_size)):
             shape = (1, 1 + rows * columns, embed_dim[b])
             self.register_parameter(f"pos_embed_{b}", nn.Parameter(torch.zeros(shape, **factory)))
@@ -120,6 +121,7 @@ class CrossViT(nn.Module):
         self.patch_embed = nn.ModuleList(
             PatchEmbed(patch_size[b], in_chans, embed_dim[b], multi_conv, **factory) for b in range(2)
         )
+        self._describe_sizes()
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         # Stochastic depth grows linearly over all blocks; within an encoder, S and L share their rates.
@@ -207,20 +209,33 @@ class CrossViT(nn.Module):
             resized = resize_position_embedding(position.detach(), old, new)
             setattr(self, f"pos_embed_{b}", nn.Parameter(resized.clone(), position.requires_grad))
         self.img_size = size
-        self.img_size_scaled = self.branch_sizes(size)
+        self._describe_sizes()
+
+    def _describe_sizes(self) -> None:
+        """What timm's users read of the sizes a model is built for."""
+        self.img_size_scaled = self.branch_sizes(self.img_size)
+        grids = self.grid_sizes(self.img_size)
+        for embed, size, grid in zip(self.patch_embed, self.img_size_scaled, grids, strict=True):
+            assert isinstance(embed, PatchEmbed)
+            embed.img_size, embed.num_patches = size, grid[0] * grid[1]
 
     def _nearest_sizes(self, size: tuple[int, int]) -> str:
-        patch = self.patch_size[0]
+        patch = self._smallest()
         below = tuple(max(patch, pixels // patch * patch) for pixels in size)
         above = tuple(-(-max(patch, pixels) // patch) * patch for pixels in size)
         if above == below:
             above = tuple(pixels + patch for pixels in below)
         return f"{below[0]}x{below[1]} and {above[0]}x{above[1]}"
 
+    def _smallest(self) -> int:
+        """The largest patch among the branches that take the image as it is."""
+        sizes = zip(self.patch_size, self.img_scale, strict=True)
+        return max((patch for patch, scale in sizes if scale == 1.0), default=1)
+
     def _check_built_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        if min(size) < self.patch_size[0]:
+        if min(size) < self._smallest():
             raise ValueError(
-                f"an image of {size[0]}x{size[1]} is smaller than one patch of {self.patch_size[0]} pixels; "
+                f"an image of {size[0]}x{size[1]} is smaller than one patch of {self._smallest()} pixels; "
                 f"the two nearest sizes that work are {self._nearest_sizes(size)}"
             )
         return size

@@ -75,8 +75,10 @@ class Constructor:
             "mlp_ratio": (row.mlp_ratio, row.mlp_ratio, 1),
             "multi_conv": row.three_conv_stem,
         }
-        model = CrossViT(**{**arguments, **kwargs})
-        model.pretrained_cfg = _config(model, row)
+        # As with timm, None means: the model's own value.
+        arguments.update({key: value for key, value in kwargs.items() if value is not None})
+        model = CrossViT(**arguments)
+        model.pretrained_cfg = model.default_cfg = _config(model, row)
         if path is not None:
             load_weights(model, path)
         return model

@@ -122,12 +122,12 @@ _BY_ANY_NAME = {name: row for row in _ROWS for name in row.names}
 
 
 def find_variant(name: str) -> Variant:
-    """The row of a model under any of its names.
+    """The row of a model under any of its names; timm's ".in1k" after it is allowed.
 
     Raises:
         ValueError: no model has that name.
     """
     try:
-        return _BY_ANY_NAME[name]
+        return _BY_ANY_NAME[name.removesuffix(".in1k")]
     except KeyError:
         raise ValueError(f"there is no model {name!r}; known are {', '.join(_BY_ANY_NAME)}") from None

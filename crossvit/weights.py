@@ -7,6 +7,7 @@ image size) is logged as a warning; anything else that does not fit is an error 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import math
 import os
@@ -58,8 +59,8 @@ def to_ibm(state_dict: Mapping[str, Tensor]) -> StateDict:
 def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
     """The tensors of a .safetensors file or of a PyTorch checkpoint, which is never unpickled freely.
 
-    A checkpoint that keeps the weights under "model" or "state_dict" is unwrapped, and the "module." that
-    DistributedDataParallel puts before every name is taken off.
+    A checkpoint that keeps the weights under "model" or "state_dict" is unwrapped, and what torch.compile and
+    DistributedDataParallel put before every name ("_orig_mod.", "module.") is taken off.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -72,11 +73,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
         start = file.read(512)
     if not start:
         raise ValueError(f"{path} is empty: download it again")
-    if start.lstrip().startswith(b"<"):
+    # First of all: a safetensors file begins with the length of its header, which may look like anything.
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    is_pickle = not is_safetensors and start.startswith((b"PK\x03\x04", b"\x80"))
+    if not is_safetensors and start.lstrip().startswith(b"<"):
         raise ValueError(f"{path} is a web page (HTML or XML), not weights: download it again")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-    is_pickle = start.startswith((b"PK\x03\x04", b"\x80"))
     try:
         content: Any = _torch_load(path) if is_pickle else _safetensors_load(path)
     except ImportError:
@@ -95,8 +98,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
     strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if strangers:
         raise ValueError(f"{path} holds no plain state dict: {_some(map(str, strangers))} are not tensors")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
+    for prefix in ("_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return dict(content)
 
 
@@ -337,8 +341,9 @@ def _fetch_from_ibm(variant: Variant) -> Path:
         if announced is not None and written != int(announced):
             raise RuntimeError(f"downloading {url} broke off after {written} of {announced} bytes: try again")
         read_checkpoint(temporary)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = _first_line(error).replace(temporary, "the file")
         raise RuntimeError(f"downloading {url} failed: {reason}") from error
     finally:

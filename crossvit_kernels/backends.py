@@ -90,7 +90,9 @@ def backends() -> tuple[str, ...]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, calls with backend="auto" use `name`. Process-wide, like torch's backend flags.
+    """Within the block, calls with backend="auto" use `name`, in every thread of the process.
+
+    Blocks of several threads must not overlap; there, say `backend=` at the call or at the model instead.
 
     Raises:
         ValueError: there is no such backend.

@@ -185,7 +185,7 @@ def test_intermediates(arguments):
 
 
 def test_intermediates_are_not_overwritten_later():
-    """The fusion writes row 0 of its own buffers in place: what was handed out must keep its values."""
+    """What was handed out keeps its values while the later encoders run."""
     ours, _ = pair("crossvit_9_240")
     x = image(ours.eval())
     with torch.no_grad():
@@ -226,9 +226,22 @@ def test_timm_tools_accept_the_model():
     assert ours.feature_info == theirs.feature_info
     shapes = [[len(g["params"]) for g in param_groups_layer_decay(m)] for m in (ours, theirs)]
     assert shapes[0] == shapes[1]
+    assert ours.default_cfg is ours.pretrained_cfg
+    for mine, other in zip(ours.patch_embed, theirs.patch_embed, strict=True):
+        assert (mine.img_size, mine.patch_size, mine.num_patches) == (
+            other.img_size,
+            other.patch_size,
+            other.num_patches,
+        )
     for name in ("num_classes", "in_chans", "num_features", "head_hidden_size", "num_branches", "img_size"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert list(map(tuple, ours.img_size_scaled)) == list(map(tuple, theirs.img_size_scaled))
+
+
+def test_names_and_arguments_as_timms_scripts_give_them():
+    model = create_model("crossvit_tiny_240.in1k", drop_path_rate=None, num_classes=None, global_pool="avg")
+    assert model.num_classes == 1000
+    assert model.global_pool == "avg"
 
 
 def test_pruning():

@@ -3,6 +3,8 @@ multi-head attention and timm's module, layouts, dtypes, randomness, errors, com
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +52,29 @@ def check_against_oracle(tensors: list[Tensor], num_heads: int, backend: str, bo
 )
 def test_equals_multi_head_attention(batch, patches, width, num_heads, backend):
     check_against_oracle(operands(batch, patches, width), num_heads, backend, bound=1e-11)
+
+
+@both
+def test_another_eps(backend):
+    tensors = operands(spread=0.1)
+    got = cross_attention(*leaves(tensors), num_heads=4, eps=0.1, backend=backend)
+    want, other = oracle(tensors, 4, eps=0.1)[0], oracle(tensors, 4)[0]
+    assert relative_error(got, want) < 1e-12
+    assert relative_error(other, want) > 1e-3
+
+
+@both
+@pytest.mark.parametrize("wanted", NAMES)
+def test_the_gradient_of_each_tensor_alone(wanted, backend):
+    index = NAMES.index(wanted)
+    every, one = leaves(operands()), operands()
+    one = [x.detach() for x in every]
+    one[index].requires_grad_()
+    grads = [
+        torch.autograd.grad(cross_attention(*t, num_heads=4, backend=backend).square().sum(), t[index])[0]
+        for t in (every, one)
+    ]
+    assert (grads[0] - grads[1]).abs().max() < 1e-12 * every[index].numel()
 
 
 @both
@@ -345,6 +370,34 @@ def test_an_empty_batch_with_everything_random(backend):
     assert all(x.grad is not None and not x.grad.any() for x in tensors)
 
 
+@both
+@LOW
+def test_dropout_in_low_precision(dtype, backend):
+    """The masks are drawn in float32, so that rates are exact; a float32 scale keeps the tokens' dtype."""
+    tensors = operands(4, 40, 96, dtype)
+    options = {"num_heads": 3, "dropout_p": 0.3, "proj_dropout_p": 0.2, "backend": backend}
+    scale = torch.tensor([0.0, 1.5, 1.0, 2.0])
+    torch.manual_seed(9)
+    low = cross_attention(*tensors, **options, residual_scale=scale)
+    torch.manual_seed(9)
+    exact = cross_attention(*(x.float() for x in tensors), **options, residual_scale=scale)
+    assert low.dtype == dtype
+    assert relative_error(low, exact) < 0.05
+
+
+def test_projection_dropout_and_residual_scale_together():
+    tensors = operands()
+    cls, y = tensors[0], oracle(tensors, 4)[0]
+    got = cross_attention(
+        *tensors, num_heads=4, proj_dropout_p=0.5, residual_scale=torch.tensor([0.5, 3.0]).double()
+    )
+    factors = ((got - cls) / (y - cls)).squeeze(1)
+    for row, scale in zip(factors, (0.5, 3.0), strict=True):
+        kept = row.abs() > 1e-9
+        assert 10 < kept.sum() < 38
+        assert torch.allclose(row[kept], torch.tensor(2 * scale).double())
+
+
 # Choice of backend
 
 
@@ -358,6 +411,43 @@ def test_use_backend_selects_and_restores():
     assert torch.equal(named, plain)
     assert not torch.equal(inside, plain), "the two backends round differently; equal bits mean one was used"
     assert torch.equal(cross_attention(*tensors, num_heads=4), plain)
+
+
+def test_use_backend_restores_after_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert sys.modules["crossvit_kernels.backends"]._selected == "auto"
+
+
+def test_a_named_backend_never_falls_back_and_auto_does(monkeypatch):
+    """With backends made up for this test: one of another device, one of other dtypes, one not installed."""
+    module = sys.modules["crossvit_kernels.backends"]
+    low = ((torch.bfloat16, torch.bfloat16),)
+    made_up = [
+        module.Backend("elsewhere", "", devices=("cuda",)),
+        module.Backend("narrow", "", dtypes=low),
+        module.Backend("absent", "", missing=lambda: "its compiler is not installed"),
+        module.Backend("able", ""),
+    ]
+    monkeypatch.setattr(module, "BACKENDS", {b.name: b for b in made_up})
+    implementations = {b.name: (lambda name=b.name: name) for b in made_up}
+    call = module.Call("cpu", torch.float32, torch.float32)
+    assert module.choose("op", "auto", call, implementations)() == "able"
+    low_call = module.Call("cpu", torch.bfloat16, torch.bfloat16)
+    assert module.choose("op", "auto", low_call, implementations)() == "narrow"
+    for name, words in (
+        ("elsewhere", "elsewhere: it runs on cuda, the tokens are on cpu"),
+        ("narrow", "narrow: it does not take torch.float32 tokens with torch.float32 weights"),
+        ("absent", "absent: its compiler is not installed"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            module.choose("op", name, call, implementations)
+    del implementations["able"]
+    with pytest.raises(RuntimeError, match="no backend can compute op on cpu") as caught:
+        module.choose("op", "auto", call, implementations)
+    assert all(name in str(caught.value) for name in ("elsewhere", "narrow", "absent"))
+    with pytest.raises(RuntimeError, match="able: it does not implement op"):
+        module.choose("op", "able", call, implementations)
 
 
 def test_unknown_backends_are_named():
@@ -387,8 +477,10 @@ def replaced(**changes: object) -> dict[str, object]:
         ({"norm_bias": torch.zeros(1, 48).double()}, ValueError, r"norm_bias must have shape \[C\]"),
         ({"num_heads": 5}, ValueError, "num_heads must divide C = 48, got 5"),
         ({"num_heads": 0}, ValueError, "num_heads must divide C = 48, got 0"),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
-        ({"proj_dropout_p": -0.1}, ValueError, "proj_dropout_p must be at least 0"),
+        ({"dropout_p": 1.1}, ValueError, "dropout_p must lie between 0 and 1, got 1.1"),
+        ({"proj_dropout_p": -0.1}, ValueError, "proj_dropout_p must lie between 0 and 1"),
+        ({"residual_scale": torch.ones(2).int()}, TypeError, "residual_scale must be a floating-point"),
+        ({"residual_scale": torch.ones(2, device="meta")}, RuntimeError, "residual_scale is on meta"),
         ({"residual_scale": torch.ones(3)}, ValueError, r"residual_scale must have shape \[B\] = \[2\]"),
         ({"wq": torch.zeros(48, 48)}, TypeError, "wq must have the dtype of patches, torch.float64"),
         ({"patches": torch.zeros(2, 17, 48).long()}, TypeError, "patches must be a floating-point tensor"),

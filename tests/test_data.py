@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 
 from crossvit import VARIANTS, create_model
 from crossvit.data import imagenet_labels, open_image, preprocess
@@ -23,7 +24,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_preprocessing_is_timms(name, size):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    config = resolve_model_data_config(create_model(name, device="meta"))
+    config = timm.get_pretrained_cfg(name).to_dict()
+    config = resolve_data_config(pretrained_cfg=config)
+    assert resolve_model_data_config(create_model(name, device="meta")) == config
     want = create_transform(**config, is_training=False)(image)
     assert torch.equal(preprocess(image, VARIANTS[name])[0], want)
 
@@ -41,6 +44,14 @@ def test_images_of_any_mode_become_rgb(mode, tmp_path):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.new(mode, (20, 10)).save(path)
     assert open_image(path).mode == "RGB"
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path):

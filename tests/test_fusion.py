@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from crossvit import CrossViT, create_model
-from crossvit.fusion import with_cls
 from tests.models import small_model
 from tests.operands import relative_error
 
@@ -92,23 +94,9 @@ def test_attention_maps_need_cross_attention():
         small_model(fusion="all").get_attention_maps(torch.zeros(1, 3, 48, 48))
 
 
-def test_row_0_is_replaced_in_place_only_where_nobody_can_notice():
-    tokens, cls = torch.randn(2, 5, 8), torch.randn(2, 1, 8)
-    want = torch.cat((cls, tokens[:, 1:]), 1)
-    kept = tokens.clone()
-    for owned in (False, True):
-        assert torch.equal(with_cls(tokens, cls, owned), want)
-        assert torch.equal(tokens, kept), "gradients are recorded, so nothing may be written"
-    with torch.no_grad():
-        assert torch.equal(with_cls(tokens, cls, owned=False), want)
-        assert torch.equal(tokens, kept)
-        assert with_cls(tokens, cls, owned=True) is tokens
-        assert torch.equal(tokens, want)
-
-
 @pytest.mark.parametrize("depth", [(0, 1, 0), (1, 0, 0), (1, 1, 0)])
 def test_an_encoder_leaves_its_inputs_alone(depth):
-    """A branch without blocks hands its input on, which is then not the encoder's to write to."""
+    """A branch without blocks hands its input on, and that stays the caller's."""
     encoder = small_model(depth=(depth,), drop_path_rate=0.0).blocks[0]
     tokens = [torch.randn(2, 17, 24), torch.randn(2, 10, 48)]
     kept = [x.clone() for x in tokens]
@@ -119,9 +107,108 @@ def test_an_encoder_leaves_its_inputs_alone(depth):
     assert all(relative_error(x, y) < 1e-6 for x, y in zip(first, want, strict=True))
 
 
-def test_a_norm_that_is_not_layer_norm_is_refused():
-    with pytest.raises(TypeError, match=r"norm_layer must make torch.nn.LayerNorm with a weight"):
-        small_model(norm_layer=nn.RMSNorm)
+class Adapter(nn.Module):
+    """A low-rank adapter that shows the weight of what it wraps, as such libraries do."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+        self.low_rank = nn.Parameter(torch.randn(inner.out_features, inner.in_features) * 0.1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.inner.weight
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.inner.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + x @ self.low_rank.T
+
+
+def change(model: nn.Module, how: str) -> None:
+    torch.manual_seed(5)
+    for encoder in model.blocks:
+        for fusion in encoder.fusion:
+            attn = fusion.attn
+            if how == "adapter":
+                attn.wv = Adapter(attn.wv)
+            elif how == "pruning":
+                prune.random_unstructured(attn.wq, "weight", 0.5)
+            elif how == "hook":
+                attn.proj.register_forward_hook(lambda module, args, output: output * 2)
+            elif how == "hook on all":
+                attn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+            elif how == "norm":
+                fusion.norm1 = nn.RMSNorm(fusion.norm1.normalized_shape)
+
+
+@pytest.mark.parametrize("how", ["adapter", "pruning", "hook", "hook on all", "norm"])
+def test_changed_submodules_are_called_as_timms_are(how):
+    ours, theirs = create_model("crossvit_tiny").eval(), timm.create_model("crossvit_tiny_240").eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 240, 240)
+    plain = ours(x)
+    change(ours, how), change(theirs, how)
+    got = ours(x)
+    assert relative_error(got, theirs(x)) < 1e-5
+    assert relative_error(got, plain) > 1e-4, "the change must show"
+    for _ in range(2):
+        ours(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"cannot give the attention: .* was replaced or has hooks"):
+        ours.get_attention_maps(x)
+    ours.blocks[0].fusion[0].backend = "torch"
+    with pytest.raises(RuntimeError, match="cannot run on 'torch': "):
+        ours(x)
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_attention_dropout_is_off_in_evaluation(rate):
+    dropping, plain = small_model(attn_drop_rate=rate), small_model()
+    dropping.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(dropping(x), plain(x))
+    assert not torch.equal(dropping.train()(x), plain(x))
+
+
+def test_what_differs_between_the_branches_reaches_its_branch():
+    """Heads, MLP widths, another eps, drop-path rates with more than one cross-attention: against timm."""
+    shape = {
+        "img_size": 240,
+        "img_scale": (1.0, 224 / 240),
+        "patch_size": (12, 16),
+        "embed_dim": (24, 48),
+        "num_heads": (3, 4),
+        "depth": ((1, 2, 2), (1, 1, 1)),
+        "mlp_ratio": (2, 3, 1),
+        "norm_layer": partial(nn.LayerNorm, eps=1e-2),
+        "drop_path_rate": 0.5,
+    }
+    theirs, ours = timm.models.crossvit.CrossVit(**shape), CrossViT(**shape)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    rates = [
+        [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"] for model in (ours, theirs)
+    ]
+    assert rates[0] == rates[1]
+    x = torch.randn(4, 3, 240, 240)
+    torch.manual_seed(2)
+    got = ours.train()(x)
+    torch.manual_seed(2)
+    assert relative_error(got, theirs.train()(x)) < 1e-5
+
+
+def test_all_attention_takes_the_settings_of_l_and_the_last_rate():
+    encoder = small_model(fusion="all", num_heads=(3, 4), drop_path_rate=0.4, attn_drop_rate=0.1).blocks[1]
+    assert encoder.fusion.attn.num_heads == 4
+    assert encoder.fusion.drop_path.drop_prob == pytest.approx(0.4)
+    assert encoder.fusion.attn.attn_drop.p == 0.1
+    # At a rate of 1 the residual branch is dropped and the common tokens pass.
+    sure = small_model(fusion="all", drop_path_rate=1.0).blocks[1].fusion.train()
+    small, large = torch.randn(2, 17, 24), torch.randn(2, 5, 48)
+    got = sure([small, large])
+    assert relative_error(got[0], sure.revert_projs[0](sure.projs[0](small))) < 1e-6
+    assert relative_error(got[1], sure.revert_projs[1](sure.projs[1](large))) < 1e-6
 
 
 def test_the_backend_reaches_the_operation():

@@ -18,7 +18,7 @@ GRIDS = {
     (256, 256): [(21, 21), (15, 15)],
     (384, 384): [(32, 32), (22, 22)],
     (480, 480): [(40, 40), (28, 28)],
-    (12, 12): [(1, 1), (1, 1)],
+    (60, 12): [(5, 1), (4, 1)],  # L's 3.5 patches are rounded up
 }
 sizes = pytest.mark.parametrize("size", GRIDS, ids=lambda size: f"{size[0]}x{size[1]}")
 
@@ -88,6 +88,33 @@ def test_a_size_stays_after_a_round_trip_of_names():
     model.set_input_size(256)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == {**before, "pos_embed_1": False}
     assert model.img_size == (256, 256)
+    assert model.img_size_scaled == [(256, 256), (240, 240)]
+    assert [embed.num_patches for embed in model.patch_embed] == [441, 225]
+
+
+def test_position_embeddings_of_low_precision_are_resized_in_float32():
+    model = create_model("crossvit_tiny")
+    with torch.no_grad():
+        model.pos_embed_0.mul_(100)
+    low = create_model("crossvit_tiny").bfloat16()
+    low.load_state_dict(model.state_dict())
+    exact = create_model("crossvit_tiny")
+    exact.load_state_dict(low.float().state_dict())
+    low.bfloat16().set_input_size(256)
+    exact.set_input_size(256)
+    assert low.pos_embed_0.dtype == torch.bfloat16
+    assert torch.equal(low.pos_embed_0, exact.pos_embed_0.bfloat16())
+
+
+def test_a_crop_instead_of_resizing_is_central_on_both_axes():
+    model = create_model("crossvit_tiny", img_size=(240, 480), crop_scale=True)
+    x = torch.randn(1, 3, 240, 480)
+    assert torch.equal(model._scale_image(x, (224, 448)), x[..., 8:232, 16:464])
+
+
+def test_both_branches_need_a_whole_patch():
+    with pytest.raises(ValueError, match="smaller than one patch of 16 pixels"):
+        create_model("crossvit_tiny", img_size=12, img_scale=(1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +163,7 @@ def test_wrong_images_are_refused(x, error, words):
         ({"global_pool": "max"}, "global_pool must be one of token, avg, got 'max'"),
         ({"fusion": "sum"}, "fusion must be one of cross, all, got 'sum'"),
         ({"patch_size": (12,)}, "patch_size must have one value for S and one for L"),
+        ({"num_heads": (5, 3)}, "num_heads must divide the branch's width 96, got 5"),
         ({"multi_conv": True, "patch_size": (8, 16)}, "multi_conv knows patch sizes 12 and 16, got 8"),
     ],
 )

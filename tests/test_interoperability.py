@@ -160,11 +160,58 @@ def test_gradient_checkpointing_changes_no_gradient_and_saves_memory():
     assert saved[1] < 0.5 * saved[0]
 
 
+def test_checkpointing_does_not_disturb_attention_maps():
+    model, x = small_model(), torch.randn(SHAPE)
+    want = model.get_attention_maps(x)
+    model.set_grad_checkpointing()
+    for mine, other in zip(model.get_attention_maps(x), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_an_empty_batch_in_training():
+    model = small_model(drop_path_rate=0.2, proj_drop_rate=0.2, attn_drop_rate=0.2).train()
+    y = model(torch.zeros(0, *SHAPE[1:]))
+    y.sum().backward()
+    assert y.shape == (0, 5)
+
+
+def test_nothing_that_a_hook_was_handed_is_changed_later():
+    model = small_model()
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def hold(*values: object) -> None:
+        held.extend((x, x.clone()) for x in values if isinstance(x, Tensor))
+
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: hold(*args))
+        module.register_forward_hook(lambda module, args, output: hold(output))
+    with torch.no_grad():
+        model(torch.randn(SHAPE))
+    assert len(held) > 50
+    assert all(torch.equal(x, kept) for x, kept in held)
+
+
+def test_an_ensemble_of_weights_by_vmap():
+    model, x = small_model(), torch.randn(SHAPE)
+    name = "blocks.0.fusion.0.attn.wq.weight"
+    stacked = torch.randn(3, *model.get_parameter(name).shape)
+
+    def run(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {name: weight}, (x,))
+
+    with torch.no_grad():
+        got = torch.func.vmap(run)(stacked)
+        for mine, weight in zip(got, stacked, strict=True):
+            assert relative_error(mine, run(weight)) < 1e-5
+
+
 def test_reset_classifier_keeps_device_and_dtype():
     model = small_model().to(torch.bfloat16)
     model.reset_classifier(3, global_pool="avg")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.randn(SHAPE).bfloat16()).shape == (2, 3)
+    assert all(0.01 < head.weight.std() < 0.03 and not head.bias.any() for head in model.head)
+    assert all(0.01 < token.std() < 0.03 for token in (model.cls_token_0, model.cls_token_1))
     meta = small_model(device="meta")
     meta.reset_classifier(7)
     assert {p.device.type for p in meta.parameters()} == {"meta"}

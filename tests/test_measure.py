@@ -32,6 +32,8 @@ def test_a_difference_is_found_and_none_is_invented():
     assert comparison.ratio.median == pytest.approx(2, rel=0.3)
     assert "times faster" in comparison.words()
     assert "times slower" in compare(samples["slow"], samples["fast"]).words()
+    slower = compare([2.0, 2.1, 2.2], [1.0, 1.0, 1.0])
+    assert slower.words() == "2.10 times slower (2.00-2.20)"
     one = Interval(1.0, 0.9, 1.1)
     assert Comparison(one, one, one).words() == "no measurable difference"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +73,28 @@ def test_a_named_compiler_is_not_replaced(build, monkeypatch):
     report = build.build(Path("nowhere"))
     assert report["cpu"] is None
     assert report["cpu_left_out"] == "no C++ compiler was found (CXX=no-such-compiler -m64)"
+
+
+@pytest.mark.parametrize("value", [" ", "-m64"])
+def test_a_compiler_variable_that_names_nothing(build, monkeypatch, value):
+    monkeypatch.setenv("CXX", value)
+    assert build.find_cxx() is None
+
+
+def test_targets_do_not_matter_without_cuda(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CROSSVIT_CUDA", "0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    build.names.update(
+        compile_module=lambda *args: None, find_cxx=lambda: ["c++"], run=lambda command, **kwargs: "c++ 1.0\n"
+    )
+    assert build.build(tmp_path / "module.so")["cpu"]["compiler"] == "c++ 1.0"
+
+
+def test_a_missing_build_requirement_is_a_reason(build, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    build.names.update(find_cxx=lambda: ["c++"], openmp_flags=lambda cxx: [], find_nvcc=lambda: None)
+    report = build.build(tmp_path / "module.so")
+    assert "pybind11" in report["cpu_left_out"]
 
 
 def test_windows_goes_without_the_module(build, monkeypatch):

@@ -48,7 +48,7 @@ def test_names_of_ibm_and_back(state):
     assert list(from_ibm(ibm)) == list(state)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "ibm", "wrapped", "ddp", "legacy"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "ibm", "wrapped", "ddp", "compiled", "legacy"])
 def test_every_form_of_file(form, state, tmp_path):
     path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
     if form == "safetensors":
@@ -59,11 +59,24 @@ def test_every_form_of_file(form, state, tmp_path):
             "ibm": to_ibm(state),
             "wrapped": {"model": to_ibm(state), "epoch": 3},
             "ddp": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+            "compiled": {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
             "legacy": state,
         }[form]
         torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
     model = create_model("crossvit_tiny", checkpoint_path=path)
     assert_same(model, state)
+
+
+@pytest.mark.parametrize("low_byte", [0x20, 0x80])
+def test_a_header_of_any_length_is_recognised(low_byte, state, tmp_path):
+    """A safetensors file begins with a length, which may look like a space and a "<", or like a pickle."""
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path, metadata={"note": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    wanted = next(n for n in range(length, 1 << 20) if n % 256 == low_byte and (n >> 8) % 256 == 0x3C)
+    save_file(state, path, metadata={"note": "x" * (wanted - length)})
+    assert path.read_bytes()[:2] == bytes((low_byte, 0x3C))
+    assert read_checkpoint(path).keys() == state.keys()
 
 
 class Malicious:
@@ -255,6 +268,7 @@ def test_weights_of_ibm(ibm, state, monkeypatch):
     ibm.files.clear()  # the second time nothing is downloaded
     assert_same(create_model("crossvit_tiny", pretrained="ibm"), state)
     assert find_cached(TINY) == fetch(TINY, "ibm")
+    assert fetch(TINY, "ibm").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,15 @@ def cross_attention(
         eps: added to the variance in the LayerNorm.
         dropout_p: dropout probability on the attention. Applied whenever it is above 0: pass 0 to evaluate.
         proj_dropout_p: the same on the output of the last projection.
-        residual_scale: None, [B] (drop-path) or [B, 1, C]; multiplies MCA's output.
+        residual_scale: None, [B] (drop-path) or [B, 1, C], floating-point; multiplies MCA's output.
         return_attention: also return the attention [B, H, 1 + P] before its dropout, column 0 for the CLS
             token itself, float32 at least; differentiable.
         backend: "auto" or a name from `crossvit_kernels.backends()`; a named one never falls back.
 
     Returns:
         y [B, 1, C] in the dtype of the patches, or (y, attention).
+
+    Differentiable twice. Forward-mode differentiation (torch.func.jvp) works with backend="reference" only.
 
     Dtypes: outside autocast all tensors share one floating-point dtype. Under autocast cls takes the dtype of
     the patches, the projections take autocast's dtype, sums are float32 at least.
@@ -125,16 +127,15 @@ def cross_attention(
         TypeError: dtypes differ, or are not floating-point.
         RuntimeError: devices differ, or the backend cannot take this call; all reasons are listed.
     """
-    biases = {"bq": bq, "bk": bk, "bv": bv, "bo": bo}
-    matrices = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     device = patches.device.type
     autocast = autocast_enabled(device)
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bq": bq, "bk": bk, "bv": bv, "bo": bo}
+    matrices = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
     if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
-        _check_shapes(cls, patches, norm, matrices, biases, num_heads, residual_scale)
+        _check_shapes(cls, patches, vectors, matrices, num_heads, residual_scale)
+    _check_devices_and_dtypes({"cls": cls, **vectors, **matrices}, residual_scale, patches, autocast)
     _check_probability("dropout_p", dropout_p)
     _check_probability("proj_dropout_p", proj_dropout_p)
-    _check_dtypes({"patches": patches, "cls": cls, **norm, **matrices, **biases}, autocast)
 
     if autocast:
         cls = cls.to(patches.dtype)
@@ -175,32 +176,30 @@ def cross_attention(
 def _check_shapes(
     cls: Tensor,
     patches: Tensor,
-    norm: dict[str, Tensor | None],
+    vectors: dict[str, Tensor | None],
     matrices: dict[str, Tensor],
-    biases: dict[str, Tensor | None],
     num_heads: int,
     residual_scale: Tensor | None,
 ) -> None:
     def got(tensor: Tensor) -> str:
         return f"got {list(tensor.shape)}"
 
-    width = norm["norm_weight"].shape[-1] if norm["norm_weight"] is not None else 0
-    branch = "did you pass your own branch's tokens?"
+    width = matrices["wq"].shape[-1]
     if patches.ndim != 3 or patches.shape[2] != width:
         raise ValueError(
-            f"patches must have shape [B, P, C] with C = {width} (the width of norm_weight), "
-            f"{got(patches)}: {branch}"
+            f"patches must have shape [B, P, C] with C = {width} (the width of wq), "
+            f"{got(patches)}: did you pass your own branch's tokens?"
         )
     batch = patches.shape[0]
     if cls.ndim != 3 or cls.shape[0] != batch or cls.shape[1] != 1 or cls.shape[2] != width:
         raise ValueError(
-            f"cls must have shape [B, 1, C] = [{batch}, 1, {width}] (B of patches, C of norm_weight), "
+            f"cls must have shape [B, 1, C] = [{batch}, 1, {width}] (B of patches, C of wq), "
             f"{got(cls)}: project it to the other branch's width first"
         )
     for name, matrix in matrices.items():
         if matrix.ndim != 2 or matrix.shape[0] != width or matrix.shape[1] != width:
             raise ValueError(f"{name} must have shape [C, C] = [{width}, {width}], {got(matrix)}")
-    for name, vector in {**norm, **biases}.items():
+    for name, vector in vectors.items():
         if vector is not None and (vector.ndim != 1 or vector.shape[0] != width):
             raise ValueError(f"{name} must have shape [C] = [{width}], {got(vector)}")
     if num_heads < 1 or width % num_heads:
@@ -210,26 +209,27 @@ def _check_shapes(
             f"residual_scale must have shape [B] = [{batch}] or [B, 1, C] = [{batch}, 1, {width}], "
             f"{got(residual_scale)}"
         )
-    device = patches.device
-    for name, tensor in {"cls": cls, **norm, **matrices, **biases}.items():
-        if tensor is not None and tensor.device != device:
-            raise RuntimeError(f"{name} is on {tensor.device}, patches on {device}: move them together")
+
+
+def _check_devices_and_dtypes(
+    tensors: dict[str, Tensor | None], residual_scale: Tensor | None, patches: Tensor, autocast: bool
+) -> None:
+    for name, tensor in {"patches": patches, "residual_scale": residual_scale, **tensors}.items():
+        if tensor is None:
+            continue
+        if tensor.device != patches.device:
+            raise RuntimeError(
+                f"{name} is on {tensor.device}, patches on {patches.device}: move them together"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if not autocast and name != "residual_scale" and tensor.dtype != patches.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of patches, {patches.dtype}, got {tensor.dtype}: "
+                "cast it, or run under torch.autocast to mix them"
+            )
 
 
 def _check_probability(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-
-
-def _check_dtypes(tensors: dict[str, Tensor | None], autocast: bool) -> None:
-    dtype = tensors["patches"].dtype if tensors["patches"] is not None else None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if not autocast and tensor.dtype != dtype:
-            raise TypeError(
-                f"{name} must have the dtype of patches, {dtype}, got {tensor.dtype}: "
-                "cast it, or run under torch.autocast to mix them"
-            )
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")

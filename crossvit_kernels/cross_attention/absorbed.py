@@ -126,59 +126,42 @@ class AbsorbedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dattention: Tensor | None) -> tuple[Tensor | None, ...]:
-        cls, patches, query, mask, attention = ctx.saved_tensors
-        if dz is None and dattention is None:
-            return (None,) * 5
-        device = query.device.type
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes at each reading
+        device = saved[0].device.type
         if not autocast_enabled(device):
-            return _backward(ctx, cls, patches, query, mask, attention, dz, dattention)
+            return _backward(ctx, saved, dz, dattention)
         with torch.autocast(device, enabled=False):
-            return _backward(ctx, cls, patches, query, mask, attention, dz, dattention)
+            return _backward(ctx, saved, dz, dattention)
 
 
 def _backward(
-    ctx: Any,
-    cls: Tensor,
-    patches: Tensor,
-    query: Tensor,
-    mask: Tensor | None,
-    attention: Tensor,
-    dz: Tensor | None,
-    dattention: Tensor | None,
+    ctx: Any, saved: tuple[Tensor, ...], dz: Tensor | None, dattention: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    # The saved attention is an output, so a gradient of this gradient passes through it to the inputs.
+    cls, patches, query, mask, attention = saved
+    needs_cls, needs_patches, needs_query, *_ = ctx.needs_input_grad
     dtype = query.dtype
-    hats = [_normalise(x, dtype, ctx.eps) for x in (cls, patches)]
-    cls_hat, patches_hat = hats[0][0], hats[1][0]
-    if torch.is_grad_enabled():
-        # Someone differentiates the gradient: every intermediate must hang on the inputs.
-        attention = _softmax_scores(query, cls_hat, patches_hat)
-    weights = attention if mask is None else attention * mask
+    cls_hat, cls_mean, cls_rstd = _normalise(cls, dtype, ctx.eps)
+    patches_hat, patches_mean, patches_rstd = _normalise(patches, dtype, ctx.eps)
 
-    if dz is None:
-        dz = torch.zeros_like(query)
-        dp = torch.zeros_like(attention)
-    else:
-        dp = _scores(dz, cls_hat, patches_hat).to(attention.dtype)
-        if mask is not None:
-            dp = dp * mask
+    dz = torch.zeros_like(query) if dz is None else dz
+    dp = _scores(dz, cls_hat, patches_hat).to(attention.dtype)
+    if mask is not None:
+        dp = dp * mask
     if dattention is not None:
         dp = dp + dattention
-    ds = attention * (dp - (attention * dp).sum(-1, keepdim=True))
+    ds = (attention * (dp - (attention * dp).sum(-1, keepdim=True))).to(dtype)
+    dquery = torch.baddbmm(ds[..., :1] * cls_hat, ds[..., 1:], patches_hat) if needs_query else None
 
-    ds_low = ds.to(dtype)
-    dquery = None
-    if ctx.needs_input_grad[2]:
-        dquery = torch.baddbmm(ds_low[..., :1] * cls_hat, ds_low[..., 1:], patches_hat)
-    # d x^_n = sum_h p_hn dz_h + ds_hn qt_h, one product with the two sums side by side.
-    left = torch.cat((weights.to(dtype), ds_low), dim=1).mT  # [B, N, 2H]
+    # d x^_n = sum_h p_hn dz_h + ds_hn qt_h: one product with the two sums side by side.
+    weights = attention if mask is None else attention * mask
+    left = torch.cat((weights.to(dtype), ds), dim=1).mT  # [B, N, 2H]
     right = torch.cat((dz, query), dim=1)  # [B, 2H, C]
-    dcls, dpatches = (
-        _normalise_backward(left[:, rows] @ right, x, mean, rstd) if needed else None
-        for x, (_, mean, rstd), rows, needed in (
-            (cls, hats[0], slice(0, 1), ctx.needs_input_grad[0]),
-            (patches, hats[1], slice(1, None), ctx.needs_input_grad[1]),
-        )
-    )
+    dcls = dpatches = None
+    if needs_cls:
+        dcls = _normalise_backward(left[:, :1] @ right, cls, cls_mean, cls_rstd)
+    if needs_patches:
+        dpatches = _normalise_backward(left[:, 1:] @ right, patches, patches_mean, patches_rstd)
     return dcls, dpatches, dquery, None, None
 
 
