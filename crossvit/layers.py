@@ -156,10 +156,16 @@ def projection(dim_in: int, dim_out: int, norm_layer: NormLayer, **factory: Any)
     return nn.Sequential(norm_layer(dim_in, **factory), nn.GELU(), nn.Linear(dim_in, dim_out, **factory))
 
 
+def init_weight(weight: Tensor) -> None:
+    """Truncated normal, std 0.02, drawn in float32: drawn in bfloat16 it has outliers at the cut-off, 2.0."""
+    with torch.no_grad():
+        weight.copy_(nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), std=0.02))
+
+
 def init_linear_and_norm(module: nn.Module) -> None:
     """Truncated normal (std 0.02) for Linear, ones and zeros for LayerNorm; for `Module.apply`."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        init_weight(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .encoder import FUSIONS, MultiScaleBlock
 from .fusion import attention_grid
-from .layers import NormLayer, PatchEmbed, init_linear_and_norm, resize_position_embedding
+from .layers import NormLayer, PatchEmbed, init_linear_and_norm, init_weight, resize_position_embedding
 
 Size = int | tuple[int, int]
 _POOLS = ("token", "avg")
@@ -160,8 +160,8 @@ class CrossViT(nn.Module):
         self.head = self._new_head(**factory)
 
         for b in range(2):
-            nn.init.trunc_normal_(self._position(b), std=0.02)
-            nn.init.trunc_normal_(self._cls_token(b), std=0.02)
+            init_weight(self._position(b))
+            init_weight(self._cls_token(b))
         self.apply(init_linear_and_norm)
 
     def _new_head(self, **factory: Any) -> nn.ModuleList:

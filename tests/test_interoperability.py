@@ -210,8 +210,8 @@ def test_reset_classifier_keeps_device_and_dtype():
     model.reset_classifier(3, global_pool="avg")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.randn(SHAPE).bfloat16()).shape == (2, 3)
-    assert all(0.01 < head.weight.std() < 0.03 and not head.bias.any() for head in model.head)
-    assert all(0.01 < token.std() < 0.03 for token in (model.cls_token_0, model.cls_token_1))
+    assert all(0.015 < head.weight.std() < 0.025 and not head.bias.any() for head in model.head)
+    assert all(0.005 < token.std() < 0.04 for token in (model.cls_token_0, model.cls_token_1))
     meta = small_model(device="meta")
     meta.reset_classifier(7)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
