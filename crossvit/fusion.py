@@ -75,10 +75,11 @@ class CrossAttentionBlock(nn.Module):
         names = [] if _is_plain(self.attn, CrossAttention) else ["attn"]
         if not _is_plain(self.norm1, nn.LayerNorm) or self.norm1.weight is None:
             names.append("norm1")
-        parts = ("wq", "wk", "wv", "proj")
-        names += [
-            f"attn.{part}" for part in parts if not _is_plain(getattr(self.attn, part, None), nn.Linear)
-        ]
+        for kind, parts in (
+            (nn.Linear, ("wq", "wk", "wv", "proj")),
+            (nn.Dropout, ("attn_drop", "proj_drop")),
+        ):
+            names += [f"attn.{part}" for part in parts if not _is_plain(getattr(self.attn, part, None), kind)]
         return names
 
     def forward(self, cls: Tensor, patches: Tensor, attention_maps: list[Tensor] | None = None) -> Tensor:

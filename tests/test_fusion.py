@@ -140,11 +140,13 @@ def change(model: nn.Module, how: str) -> None:
                 attn.proj.register_forward_hook(lambda module, args, output: output * 2)
             elif how == "hook on all":
                 attn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+            elif how == "dropout":
+                attn.attn_drop = nn.Softmax(dim=-1)  # anything that shows
             elif how == "norm":
                 fusion.norm1 = nn.RMSNorm(fusion.norm1.normalized_shape)
 
 
-@pytest.mark.parametrize("how", ["adapter", "pruning", "hook", "hook on all", "norm"])
+@pytest.mark.parametrize("how", ["adapter", "pruning", "hook", "hook on all", "dropout", "norm"])
 def test_changed_submodules_are_called_as_timms_are(how):
     ours, theirs = create_model("crossvit_tiny").eval(), timm.create_model("crossvit_tiny_240").eval()
     theirs.load_state_dict(ours.state_dict())
