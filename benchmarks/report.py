@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report FILE`: a results file as a Markdown table, the one in the README."""
+"""`python -m benchmarks.report FILE...`: results files as Markdown tables; the README shows an excerpt."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ def table(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    print("\n\n".join(table(Path(name)) for name in sys.argv[1:]))

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from .data import imagenet_labels, open_image, preprocess
 from .demo import run_demo
 from .registry import create_model
 from .variants import VARIANTS, Variant, find_variant
-from .weights import SOURCES, fetch, find_cached
+from .weights import SOURCES, Source, check_classes, fetch, find_cached
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,12 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _weights_file(option: str | None, variant: Variant) -> Path | None:
+    """The file that --weights means, or what is cached; its classes must be ImageNet's, whose names we show."""
     if option is None:
-        return find_cached(variant)
-    for source in SOURCES:
-        if option == source:
-            return fetch(variant, source)
-    return Path(option)
+        path = find_cached(variant)
+    else:
+        path = fetch(variant, cast(Source, option)) if option in SOURCES else Path(option)
+    if path is not None:
+        check_classes(path, 1000)
+    return path
 
 
 def _check_device(name: str) -> None:

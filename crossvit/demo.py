@@ -23,7 +23,6 @@ from .fusion import upsample_attention
 from .model import AttentionMaps, CrossViT
 from .registry import create_model
 from .variants import find_variant
-from .weights import find_cached
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +54,6 @@ def run_demo(image_path: Path, model_name: str, weights: Path | None, out: Path,
     photo = crop_for(open_image(image_path), variant.image_sizes[0], variant.crop)
     image = normalise(photo).to(device)
 
-    weights = weights or find_cached(variant)
     torch.manual_seed(0)
     ours = create_model(variant.name, checkpoint_path=weights).eval().to(device)
     rival, rival_name = _rival(ours, variant.name, device)
@@ -115,13 +113,6 @@ def _rival(ours: CrossViT, name: str, device: str) -> tuple[nn.Module, str]:
         rival_name = "the reference path of this package (timm is not installed or lacks the model)"
     rival.load_state_dict(ours.state_dict())
     return rival.eval().to(device), rival_name
-
-
-def _print_difference(console: Any, ours: Tensor, rival: Tensor, rival_name: str) -> None:
-    difference = (ours - rival).abs().max().item()
-    relative = difference / rival.abs().max().item()
-    console.print(f"\nLargest difference of logits to {rival_name}: {difference:.1e}")
-    console.print(f"Relative to the largest logit: {relative:.1e}\n")
 
 
 def _print_top5(console: Any, ours: Tensor, rival: Tensor, rival_name: str, named: bool) -> None:

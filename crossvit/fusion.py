@@ -5,6 +5,7 @@ A fusion takes and gives the tokens of both branches, [B, 1 + P, C] each, and ke
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -104,7 +105,8 @@ class CrossAttentionBlock(nn.Module):
         if self.training and (attn.proj_drop.p > 0 or not isinstance(self.drop_path, nn.Identity)):
             # Drawn as timm draws them, the projection's dropout first: one seed gives the same masks.
             scale = self.drop_path(attn.proj_drop(torch.ones_like(cls)))
-        y, attention = cross_attention(
+        compute = partial(
+            cross_attention,
             cls,
             patches,
             *(norm.weight, norm.bias),
@@ -116,12 +118,13 @@ class CrossAttentionBlock(nn.Module):
             eps=norm.eps,
             dropout_p=attn.attn_drop.p if self.training else 0.0,
             residual_scale=scale,
-            return_attention=True,
             backend=self.backend,
         )
-        if attention_maps is not None:
-            attention_maps.append(attention)
-        return y
+        if attention_maps is None:
+            return compute()
+        cls, attention = compute(return_attention=True)
+        attention_maps.append(attention)
+        return cls
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

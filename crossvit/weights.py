@@ -118,6 +118,14 @@ def _safetensors_load(path: Path) -> StateDict:
     return load_file(path, device="cpu")
 
 
+def check_classes(path: str | os.PathLike[str], num_classes: int) -> None:
+    """Raise ValueError if the heads in a weights file are not for `num_classes` classes."""
+    weight = read_checkpoint(path).get("head.0.weight")
+    if weight is None or weight.shape[0] != num_classes:
+        found = "no heads" if weight is None else f"heads for {weight.shape[0]} classes"
+        raise ValueError(f"{path} has {found}, those for {num_classes} are needed: give other weights")
+
+
 # Loading
 
 

@@ -25,7 +25,6 @@ MODEL = "crossvit_tiny"
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(crossvit.cli, "find_cached", lambda variant: None)
-    monkeypatch.setattr(crossvit.demo, "find_cached", lambda variant: None)
     monkeypatch.setattr(crossvit.demo, "ROUNDS", 6)
     monkeypatch.chdir(tmp_path)
 
@@ -114,6 +113,24 @@ def test_mistakes_are_explained_in_one_line(arguments, words, capsys):
     assert words in captured.err
     assert captured.err.startswith("crossvit: ")
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("command", ["demo", "classify"])
+@pytest.mark.parametrize(("classes", "words"), [(10, "has heads for 10 classes"), (0, "has no heads")])
+def test_weights_for_other_classes_are_not_given_imagenets_names(command, classes, words, capsys, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save(create_model(MODEL, num_classes=classes).state_dict(), path)
+    assert main([command, str(PHOTO), "--model", MODEL, "--weights", str(path)]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "classify"])
+def test_cached_weights_are_used_without_being_named(command, capsys, monkeypatch, weights):
+    monkeypatch.setattr(crossvit.cli, "find_cached", lambda variant: weights)
+    assert main([command, str(PHOTO), "--model", MODEL]) == 0
+    text = capsys.readouterr().out
+    assert "random" not in text
+    assert "%" in text
 
 
 def test_models_lists_every_variant(capsys):
