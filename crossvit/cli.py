@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from .data import imagenet_labels, open_image, preprocess
 from .demo import run_demo
 from .registry import create_model
 from .variants import VARIANTS, Variant, find_variant
-from .weights import SOURCES, Source, check_classes, fetch, find_cached
+from .weights import SOURCES, check_classes, fetch, find_cached
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _weights_file(option: str | None, variant: Variant) -> Path | None:
-    """The file that --weights means, or what is cached; its classes must be ImageNet's, whose names we show."""
+    """The file that --weights means, or what is cached; for ImageNet's classes, whose names are shown."""
     if option is None:
         path = find_cached(variant)
     else:
-        path = fetch(variant, cast(Source, option)) if option in SOURCES else Path(option)
+        path = fetch(variant, option) if option in SOURCES else Path(option)
     if path is not None:
         check_classes(path, 1000)
     return path
