@@ -9,13 +9,25 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # What the installed package depends on; a change installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-packaging bench lint format clean
+.PHONY: demo test test-sanitized test-exhaustive test-packaging bench lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crossvit demo examples/cat.png
 
+# The seed draws the random calls and the seeded faults of this run; make test SEED=... repeats it.
+SEED := $(or $(SEED),$(shell date +%s))
+
 test: $(VENV)/.test
-	$(PYTEST) tests -n $(WORKERS) -m "not packaging"
+	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) --hypothesis-seed=$(SEED) \
+	  -m "not packaging and not sanitized and not exhaustive"
+
+# The native module with AddressSanitizer and UndefinedBehaviorSanitizer through the contract.
+test-sanitized: $(VENV)/.test
+	$(PYTEST) tests -m sanitized --hypothesis-seed=$(SEED)
+
+# 100,000 random calls and every seeded fault.
+test-exhaustive: $(VENV)/.test
+	$(PYTEST) tests -n $(WORKERS) -m exhaustive --hypothesis-seed=$(SEED)
 
 # Builds and installs in fresh environments, once for every Python on this machine; needs a package index.
 test-packaging: $(VENV)/.test

@@ -5,8 +5,9 @@ What was left out, why, and the compiler's first error line are stored beside th
 `_build_report.json`, because pip hides the output of a build that succeeds; `python -m crossvit_kernels`
 shows it. No torch is needed: csrc includes none of its headers.
 
-Environment: CXX (compiler), CROSSVIT_CUDA (0 leaves CUDA out, 1 fails without it), TORCH_CUDA_ARCH_LIST
-(numbers as torch reads them: "8.0;9.0a+PTX"), CUDA_HOME (toolkit), MAX_JOBS (parallel compilers).
+Environment: CXX and CXXFLAGS (compiler, more flags for it), CROSSVIT_CUDA (0 leaves CUDA out, 1 fails
+without it), TORCH_CUDA_ARCH_LIST (numbers as torch reads them: "8.0;9.0a+PTX"), CUDA_HOME (toolkit), MAX_JOBS
+(parallel compilers).
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ REPORT = "_build_report.json"
 DEFAULT_CUDA_TARGETS = ["sm_80", "sm_90a", "compute_80"]
 # Architectures whose `a` form unlocks instructions that the kernels use (wgmma, tcgen05).
 SPECIFIC_ARCHITECTURES = {"90", "100"}
+# Every cpu.cpp is compiled once for each of these that the compiler knows (csrc/common/cpu_isa.h chooses).
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+}
 
 
 class BuildError(Exception):
@@ -83,6 +90,12 @@ def compiles(cxx: list[str], flags: list[str]) -> bool:
 def openmp_flags(cxx: list[str]) -> list[str]:
     """Flags for OpenMP, whose pool torch shares; without it (macOS) the module runs on one thread."""
     return ["-fopenmp"] if compiles(cxx, ["-fopenmp"]) else []
+
+
+def instruction_sets(cxx: list[str]) -> dict[str, list[str]]:
+    """All of INSTRUCTION_SETS, or the baseline alone where this compiler or its target lacks one."""
+    known = all(compiles(cxx, flags) for flags in INSTRUCTION_SETS.values())
+    return INSTRUCTION_SETS if known else {"baseline": []}
 
 
 def find_nvcc() -> Path | None:
@@ -168,14 +181,19 @@ def compile_module(
     includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
     common = ["-O3", "-std=c++17", *(f"-I{path}" for path in dict.fromkeys(includes))]
     hidden = ["-fPIC", "-fvisibility=hidden"]
-    defines = ["-DCROSSVIT_CUDA"] if nvcc else []
-    # Reductions may be reordered only where a loop says so (`omp simd`); nothing else is relaxed.
-    cpp = [*cxx, *common, *hidden, *defines, "-Wall", "-fopenmp-simd", "-fno-math-errno", *openmp]
+    isas = instruction_sets(cxx)
+    defines = [*(["-DCROSSVIT_CUDA"] if nvcc else []), *(["-DCROSSVIT_X86_ISAS"] if len(isas) > 1 else [])]
+    more = shlex.split(os.environ.get("CXXFLAGS", ""))
+    # Products may be contracted with sums, which is the compilers' default; nothing else is relaxed.
+    cpp = [*cxx, *common, *hidden, *defines, "-Wall", "-Wno-psabi", "-fno-math-errno", *openmp, *more]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
     with tempfile.TemporaryDirectory(prefix="crossvit-build-") as folder:
         rules = {"cpp": shlex.join(cpp) + " -c $in -o $out"}
-        sources = [("cpp", path) for path in sorted(CSRC.rglob("*.cpp"))]
+        sources = [("cpp", path) for path in sorted(CSRC.rglob("*.cpp")) if path.name != "cpu.cpp"]
+        for isa, flags in isas.items():
+            rules[isa] = shlex.join([*cpp, *flags, f"-DCROSSVIT_ISA={isa}"]) + " -c $in -o $out"
+            sources += [(isa, path) for path in sorted(CSRC.rglob("cpu.cpp"))]
         libraries = []
         if nvcc:
             cuda = [str(nvcc), *common, *defines, f"-Xcompiler={','.join(hidden)}", "-lineinfo"]
@@ -186,11 +204,11 @@ def compile_module(
             sources += [("cuda", path) for path in sorted(CSRC.rglob("*.cu"))]
             libraries = static_cudart(nvcc)
         objects = {
-            Path(folder, str(path.relative_to(CSRC)).replace(os.sep, ".") + ".o"): (rule, path)
+            Path(folder, str(path.relative_to(CSRC)).replace(os.sep, ".") + f".{rule}.o"): (rule, path)
             for rule, path in sources
         }
         module = Path(folder, output.name)
-        link = f"{shlex.join([*cxx, *shared])} $in -o $out {shlex.join([*openmp, *libraries])}"
+        link = f"{shlex.join([*cxx, *shared])} $in -o $out {shlex.join([*openmp, *libraries, *more])}"
         Path(folder, "build.ninja").write_text(ninja_file(rules, objects, module, link))
         jobs = os.environ.get("MAX_JOBS")
         run([sys.executable, "-m", "ninja", "-C", folder, *(["-j", jobs] if jobs else [])])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .fusion import AllAttentionFusion, CrossAttentionBlock
+from crossvit_kernels import FusionWeights, cross_fusion
+
+from .fusion import AllAttentionFusion, CrossAttentionBlock, is_plain, is_projection
 from .layers import Block, NormLayer, projection
 
 FUSIONS = ("cross", "all")
@@ -94,6 +97,9 @@ class MultiScaleBlock(nn.Module):
         """The fusion alone; see forward."""
         if isinstance(self.fusion, AllAttentionFusion):
             return self.fusion(list(tokens))
+        weights = self._weights()
+        if weights is not None and tokens[0].dtype == tokens[1].dtype:
+            return self._fuse_at_once(tokens, weights, attention_maps)
         # Both directions read the tokens from before the fusion.
         maps: list[Tensor] | None = None if attention_maps is None else []
         fused = []
@@ -105,9 +111,67 @@ class MultiScaleBlock(nn.Module):
             cls = first(cls, patches, maps)
             for block in others:  # as the released code does, these see the CLS token only
                 cls = block(cls, patches[:, :0])
-            # A copy on purpose: writing row 0 in place would change what hooks and callers hold, and on a CPU
-            # no difference in time was measurable.
             fused.append(torch.cat((back(cls), tokens[b][:, 1:]), dim=1))
         if attention_maps is not None and maps is not None:
             attention_maps.append(maps)
         return fused
+
+    def _weights(self) -> tuple[FusionWeights, FusionWeights] | None:
+        """What `cross_fusion` takes, or None where some module's own forward has to run: it was replaced or
+        has hooks, there are several cross-attentions in a row, or the directions differ in what they share.
+        """
+        if nn.modules.module._has_any_global_hook():
+            return None
+        found = []
+        shared = set()
+        branches: Any = zip(self.projs, cast(nn.ModuleList, self.fusion), self.revert_projs, strict=True)
+        for project, fusion, back in branches:
+            if not (is_plain(fusion, CrossAttentionBlock) and is_projection(project) and is_projection(back)):
+                return None
+            if fusion.changed():
+                return None
+            attn, norms = fusion.attn, (project[0], fusion.norm1, back[0])
+            shared |= {(fusion.backend, fusion.attention_dropout(), norm.eps) for norm in norms}
+            found.append(
+                FusionWeights(
+                    *(project[0].weight, project[0].bias, project[2].weight, project[2].bias),
+                    *(fusion.norm1.weight, fusion.norm1.bias),
+                    *(attn.wq.weight, attn.wq.bias),
+                    *(attn.wk.weight, attn.wk.bias),
+                    *(attn.wv.weight, attn.wv.bias),
+                    *(attn.proj.weight, attn.proj.bias),
+                    *(back[0].weight, back[0].bias, back[2].weight, back[2].bias),
+                )
+            )
+        return (found[0], found[1]) if len(shared) == 1 else None
+
+    def _fuse_at_once(
+        self,
+        tokens: Sequence[Tensor],
+        weights: tuple[FusionWeights, FusionWeights],
+        attention_maps: list[list[Tensor]] | None,
+    ) -> list[Tensor]:
+        """The fusion as one operation. The new tokens are new tensors: writing the CLS rows in place would
+        change what hooks and callers hold, and the operation copies the patches while it reads them.
+        """
+        small, large = blocks = cast(list[CrossAttentionBlock], list(cast(nn.ModuleList, self.fusion)))
+        scales = [
+            block.residual_scale(other[:, :1]) for block, other in zip(blocks, reversed(tokens), strict=True)
+        ]
+        compute = partial(
+            cross_fusion,
+            tokens[0],
+            tokens[1],
+            weights[0],
+            weights[1],
+            num_heads=(small.attn.num_heads, large.attn.num_heads),
+            eps=cast(nn.LayerNorm, small.norm1).eps,
+            dropout_p=small.attention_dropout(),
+            residual_scales=(scales[0], scales[1]),
+            backend=small.backend,
+        )
+        if attention_maps is None:
+            return list(compute())
+        results = compute(return_attention=True)
+        attention_maps.append(list(results[2:]))
+        return list(results[:2])

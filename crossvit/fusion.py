@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from crossvit_kernels import cross_attention
 
@@ -30,6 +31,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5  # timm's attribute, which may be set
         self.wq = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.wk = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.wv = nn.Linear(dim, dim, bias=qkv_bias, **factory)
@@ -42,7 +44,7 @@ class CrossAttention(nn.Module):
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, d]
 
         q, k, v = heads(self.wq(x[:, :1])), heads(self.wk(x)), heads(self.wv(x))
-        attention = self.attn_drop((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+        attention = self.attn_drop((q @ k.mT * self.scale).softmax(-1))
         return self.proj_drop(self.proj((attention @ v).transpose(1, 2).flatten(2)))
 
 
@@ -70,18 +72,41 @@ class CrossAttentionBlock(nn.Module):
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.backend = backend
+        self._scale = self.attn.scale
 
-    def _changed(self) -> list[str]:
+    def changed(self) -> list[str]:
         """Names of the submodules whose own forward has to run."""
-        names = [] if _is_plain(self.attn, CrossAttention) else ["attn"]
-        if not _is_plain(self.norm1, nn.LayerNorm) or self.norm1.weight is None:
+        names = []
+        if not is_plain(self.attn, CrossAttention):
+            names.append("attn")
+        elif self.attn.scale != self._scale:
+            names.append("attn.scale")
+        if not is_plain(self.norm1, nn.LayerNorm) or self.norm1.weight is None:
             names.append("norm1")
-        for kind, parts in (
-            (nn.Linear, ("wq", "wk", "wv", "proj")),
-            (nn.Dropout, ("attn_drop", "proj_drop")),
-        ):
-            names += [f"attn.{part}" for part in parts if not _is_plain(getattr(self.attn, part, None), kind)]
+        if not is_plain(self.drop_path, nn.Identity) and not is_plain(self.drop_path, DropPath):
+            names.append("drop_path")
+        for part in ("wq", "wk", "wv", "proj"):
+            if not is_plain(getattr(self.attn, part, None), nn.Linear):
+                names.append(f"attn.{part}")
+        for part in ("attn_drop", "proj_drop"):
+            if not is_plain(getattr(self.attn, part, None), nn.Dropout):
+                names.append(f"attn.{part}")
         return names
+
+    def attention_dropout(self) -> float:
+        """The probability in force."""
+        dropout = self.attn.attn_drop
+        return dropout.p if dropout.training else 0.0
+
+    def residual_scale(self, cls: Tensor) -> Tensor | None:
+        """The masks of the projection's dropout and of drop-path, in the shape [B, 1, C] of cls; None for 1.
+
+        Drawn as timm draws them, the projection's first: one seed gives the same masks.
+        """
+        dropout, path = self.attn.proj_drop, self.drop_path
+        if (dropout.training and dropout.p > 0) or (path.training and not isinstance(path, nn.Identity)):
+            return path(dropout(torch.ones_like(cls)))
+        return None
 
     def forward(self, cls: Tensor, patches: Tensor, attention_maps: list[Tensor] | None = None) -> Tensor:
         """cls [B, 1, C] and the other branch's patches [B, P, C] -> the new cls.
@@ -91,9 +116,10 @@ class CrossAttentionBlock(nn.Module):
         Raises:
             RuntimeError: a submodule was changed, and a backend is named or the attention is asked for.
         """
-        changed = self._changed()
-        if changed:
-            if self.backend != "auto" or attention_maps is not None:
+        changed = self.changed()
+        free = self.backend == "auto" and attention_maps is None
+        if changed or (free and nn.modules.module._has_any_global_hook()):
+            if not free:
                 wanted = "give the attention" if attention_maps is not None else f"run on {self.backend!r}"
                 raise RuntimeError(
                     f"the cross-attention cannot {wanted}: {', '.join(changed)} was replaced or has hooks, "
@@ -101,10 +127,6 @@ class CrossAttentionBlock(nn.Module):
                 )
             return cls + self.drop_path(self.attn(self.norm1(torch.cat((cls, patches), dim=1))))
         attn, norm = self.attn, cast(nn.LayerNorm, self.norm1)
-        scale = None
-        if self.training and (attn.proj_drop.p > 0 or not isinstance(self.drop_path, nn.Identity)):
-            # Drawn as timm draws them, the projection's dropout first: one seed gives the same masks.
-            scale = self.drop_path(attn.proj_drop(torch.ones_like(cls)))
         compute = partial(
             cross_attention,
             cls,
@@ -116,8 +138,8 @@ class CrossAttentionBlock(nn.Module):
             *(attn.proj.weight, attn.proj.bias),
             num_heads=attn.num_heads,
             eps=norm.eps,
-            dropout_p=attn.attn_drop.p if self.training else 0.0,
-            residual_scale=scale,
+            dropout_p=self.attention_dropout(),
+            residual_scale=self.residual_scale(cls),
             backend=self.backend,
         )
         if attention_maps is None:
@@ -127,12 +149,32 @@ class CrossAttentionBlock(nn.Module):
         return cls
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling the module would do what its class does with plain tensors, and nothing else."""
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    for parameter in module._parameters.values():
+        if type(parameter) is not nn.Parameter and is_traceable_wrapper_subclass(parameter):
+            return False  # quantised or sharded
+    return True
 
 
-def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would do what its class does and nothing else."""
-    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
+def is_projection(module: Any) -> bool:
+    """Whether the module is `layers.projection` as it was made: LayerNorm, GELU, Linear."""
+    if not is_plain(module, nn.Sequential) or len(module) != 3:
+        return False
+    norm, gelu, linear = module
+    return (
+        is_plain(norm, nn.LayerNorm)
+        and norm.weight is not None
+        and is_plain(gelu, nn.GELU)
+        and gelu.approximate == "none"
+        and is_plain(linear, nn.Linear)
+    )
 
 
 class AllAttentionFusion(nn.Module):

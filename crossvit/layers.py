@@ -95,6 +95,7 @@ class Attention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5  # timm's attribute, which may be set
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -103,7 +104,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0
+            q, k, v, dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0, scale=self.scale
         )  # [B, H, N, d]
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 

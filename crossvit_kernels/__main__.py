@@ -53,7 +53,8 @@ def _print_native() -> None:
         built = report.get("cpu") or {}
         pool = "torch's OpenMP threads" if built.get("openmp") else "one thread (built without OpenMP)"
         print(f"native module: built by {built.get('compiler', 'an unknown compiler')}, {pool}")
-        print(f"  instruction sets here, best first: {', '.join(native.load().isas())}")
+        module = native.load()
+        print(f"  instruction sets here, best first: {', '.join(module.isas())}; in use: {module.isa()}")
     cuda = report.get("cuda")
     if cuda and error is None:
         print(f"  CUDA kernels: for {', '.join(cuda['targets'])} by nvcc {cuda['nvcc']}")

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from . import native
+
+# Read once: torch.compile traces the choice, and not the cache of load_error.
+_NATIVE_ERROR = native.load_error()
+_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,11 +30,13 @@ class Call:
         device: type of the tokens' device ("cpu", "cuda", …).
         tokens: dtype of the tokens.
         weights: dtype of the matrices; differs from `tokens` only under autocast.
+        plain: only PyTorch's own operators may be used (`modes.plain_operators_only`).
     """
 
     device: str
     tokens: torch.dtype
     weights: torch.dtype
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Backend:
         summary: one line for `python -m crossvit_kernels`.
         devices: device types it runs on; None means every one.
         dtypes: (tokens, weights) pairs it takes; None means every floating-point pair.
+        plain: whether it consists of PyTorch's own operators.
         missing: why it cannot run on this machine at all, or None.
     """
 
@@ -48,6 +56,7 @@ class Backend:
     summary: str
     devices: tuple[str, ...] | None = None
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] | None = None
+    plain: bool = True
     missing: Callable[[], str | None] = lambda: None
 
     def reasons_against(self, call: Call) -> list[str]:
@@ -58,6 +67,10 @@ class Backend:
             reasons.append(missing)
         if self.devices is not None and call.device not in self.devices:
             reasons.append(f"it runs on {', '.join(self.devices)}, the tokens are on {call.device}")
+        if call.plain and not self.plain:
+            reasons.append(
+                "torch.jit.trace, ONNX exports and forward-mode differentiation need PyTorch's own operators"
+            )
         if self.dtypes is None:
             if call.tokens not in _FLOATING or call.weights not in _FLOATING:
                 reasons.append(f"it takes floating-point tensors, got {call.tokens} and {call.weights}")
@@ -69,6 +82,14 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend(
+            "cpu",
+            "C++ for AVX-512, AVX2, baseline x86 or NEON, on PyTorch's threads",
+            devices=("cpu",),
+            dtypes=tuple((tokens, weights) for tokens in _NATIVE for weights in _NATIVE),
+            plain=False,
+            missing=lambda: _NATIVE_ERROR,
+        ),
         Backend("torch", "the fastest algorithm in PyTorch operators, on any device"),
         Backend("reference", "the definition, as the paper writes it, in PyTorch operators"),
     )

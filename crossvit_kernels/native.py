@@ -6,6 +6,9 @@ Private. `python -m crossvit_kernels` prints what `build_report` and `load_error
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +33,9 @@ def build_report() -> dict[str, Any]:
 @cache
 def _import() -> tuple[ModuleType | None, str]:
     try:
-        return import_module("crossvit_kernels._native"), ""
+        module = import_module("crossvit_kernels._native")
+        module.use_isa(os.environ.get("CROSSVIT_ISA") or "auto")
+        return module, ""
     except Exception as error:  # a broken binary may raise anything; the package works without it
         return None, f"{type(error).__name__}: {error}"
 
@@ -61,18 +66,31 @@ def load() -> ModuleType:
     return module
 
 
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Within the block, the CPU's kernels use this instruction set, one of `load().isas()` or "auto".
+
+    Raises:
+        ValueError: this machine does not run it.
+    """
+    module = load()
+    previous = module.isa()
+    module.use_isa(name)
+    try:
+        yield
+    finally:
+        module.use_isa(previous)
+
+
 def has_cuda() -> bool:
     """Whether the compiled module carries the CUDA kernels (says nothing of the GPUs present)."""
     return hasattr(_import()[0], "layer_norm_statistics_cuda")
 
 
-def layer_norm_statistics(
-    x: torch.Tensor, eps: float = 1e-6, *, isa: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def layer_norm_statistics(x: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and 1/sqrt(variance + eps) of every row of x [rows, columns], float32, on the CPU or a CUDA GPU.
 
-    Rows may be any distance apart; columns are contiguous. `isa` picks the CPU's instruction set: "auto" or
-    one of `load().isas()`.
+    Rows may be any distance apart; columns are contiguous.
 
     Raises:
         ValueError: x is something else.
@@ -94,7 +112,7 @@ def layer_norm_statistics(
     mean, rstd = x.new_empty(rows), x.new_empty(rows)
     arguments = (x.data_ptr(), rows, columns, x.stride(0), eps, mean.data_ptr(), rstd.data_ptr())
     if not x.is_cuda:
-        module.layer_norm_statistics_cpu(*arguments, isa)
+        module.layer_norm_statistics_cpu(*arguments)
         return mean, rstd
     with torch.cuda.device(x.device):
         code = module.layer_norm_statistics_cuda(*arguments, torch.cuda.current_stream().cuda_stream)

@@ -3,13 +3,24 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
+#ifdef _OPENMP
+#include <pthread.h>
+#endif
+
+#include "common/cpu_isa.h"
+#include "cross_attention/cross_attention.h"
 #include "layer_norm_statistics/layer_norm_statistics.h"
 
 namespace py = pybind11;
 
+namespace crossvit {
 namespace {
 
 template <typename T>
@@ -19,32 +30,105 @@ T* pointer(uintptr_t address) {
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;
-    for (crossvit::Isa isa : crossvit::supported_isas()) names.emplace_back(crossvit::name(isa));
+    for (Isa isa : supported_isas()) names.emplace_back(name(isa));
     return names;
 }
 
+Isa current_isa = supported_isas().front();
+
+#ifdef _OPENMP
+// The threads of an OpenMP pool do not survive a fork; a region that counts on them would wait for ever.
+// Without OpenMP there is one thread in any case.
+bool single_threaded = false;
+#else
+bool single_threaded = true;
+#endif
+
+// Directions as crossvit_kernels/cross_attention/native.py packs them, each a prefix of the struct; what is
+// not packed is absent.
+struct Directions {
+    Direction item[2] = {};
+    int64_t count = 0;
+
+    explicit Directions(const std::vector<py::bytes>& packed) {
+        if (packed.size() > 2) throw std::invalid_argument("at most two directions");
+        for (const py::bytes& one : packed) {
+            const std::string_view view = one;
+            if (view.size() > sizeof(Direction) || view.size() % 8)
+                throw std::invalid_argument("a packed direction does not fit");
+            std::memcpy(&item[count++], view.data(), view.size());
+        }
+    }
+
+    // As many threads, up to `most`, as have some 100,000 operations each: waking one takes microseconds.
+    int64_t threads(int64_t most) const {
+        int64_t operations = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const Direction& d = item[i];
+            operations += d.batch * d.width * (d.patches * d.heads + d.width) * 4;
+        }
+        return single_threaded ? 1 : std::clamp<int64_t>(operations / 100'000, 1, std::max<int64_t>(most, 1));
+    }
+};
+
+// The instruction set, the number of threads and the floats of scratch memory that `run` is to be given.
+std::tuple<int, int64_t, int64_t> plan(const std::vector<py::bytes>& packed, bool backward, int64_t most) {
+    const Directions directions(packed);
+    const Isa isa = current_isa;
+    const int64_t threads = directions.threads(most);
+    const auto scratch = CROSSVIT_SELECT(isa, cross_attention_scratch);
+    return {static_cast<int>(isa), threads, scratch(directions.item, directions.count, threads, backward)};
+}
+
+void run(const std::vector<py::bytes>& packed, bool backward, uintptr_t scratch, int isa_number,
+         int64_t threads, float eps, double dropout_p) {
+    const Directions directions(packed);
+    Options options{eps, 0, 1.0f, threads};
+    if (dropout_p > 0) {
+        options.drop_below = static_cast<uint64_t>(dropout_p * 4294967296.0);
+        options.kept_factor = dropout_p < 1 ? static_cast<float>(1 / (1 - dropout_p)) : 0.0f;
+    }
+    const Isa isa = static_cast<Isa>(isa_number);
+    const auto forward_kernel = CROSSVIT_SELECT(isa, cross_attention_forward);
+    const auto backward_kernel = CROSSVIT_SELECT(isa, cross_attention_backward);
+    py::gil_scoped_release nogil;
+    (backward ? backward_kernel : forward_kernel)(directions.item, directions.count, options,
+                                                  pointer<float>(scratch));
+}
+
 }  // namespace
+}  // namespace crossvit
 
 PYBIND11_MODULE(_native, m) {
+    using namespace crossvit;
+#ifdef _OPENMP
+    pthread_atfork(nullptr, nullptr, [] { single_threaded = true; });
+#endif
     m.doc() = "Compiled kernels of crossvit_kernels; private, called through crossvit_kernels.native.";
     m.def("isas", &isas, "Instruction sets that this machine runs, best first.");
+    m.def("isa", [] { return std::string(name(current_isa)); }, "The instruction set in use.");
+    m.def("use_isa", [](const std::string& wanted) { current_isa = isa_from_name(wanted); });
+    m.def("cross_attention_saved_floats", &saved_floats, "Floats that forward keeps for one image.",
+          py::arg("width"), py::arg("heads"));
+    m.def("cross_attention_plan", &plan, py::arg("directions"), py::arg("backward"), py::arg("most_threads"));
+    m.def("cross_attention", &run, py::arg("directions"), py::arg("backward"), py::arg("scratch"),
+          py::arg("isa"), py::arg("threads"), py::arg("eps"), py::arg("dropout_p"));
     m.def(
         "layer_norm_statistics_cpu",
         [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride, float eps, uintptr_t mean,
-           uintptr_t rstd, const std::string& isa) {
-            const crossvit::Isa chosen = crossvit::isa_from_name(isa);
+           uintptr_t rstd) {
+            const auto kernel = CROSSVIT_SELECT(current_isa, layer_norm_statistics);
             py::gil_scoped_release nogil;
-            crossvit::layer_norm_statistics_cpu(pointer<const float>(x), rows, columns, row_stride, eps,
-                                                pointer<float>(mean), pointer<float>(rstd), chosen);
+            kernel(pointer<const float>(x), rows, columns, row_stride, eps, pointer<float>(mean),
+                   pointer<float>(rstd));
         },
         py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("eps"),
-        py::arg("mean"), py::arg("rstd"), py::arg("isa") = "auto");
+        py::arg("mean"), py::arg("rstd"));
 #ifdef CROSSVIT_CUDA
     m.def("layer_norm_statistics_cuda", [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride,
                                            float eps, uintptr_t mean, uintptr_t rstd, uintptr_t stream) {
-        return crossvit::layer_norm_statistics_cuda(pointer<const float>(x), rows, columns, row_stride, eps,
-                                                    pointer<float>(mean), pointer<float>(rstd),
-                                                    pointer<void>(stream));
+        return layer_norm_statistics_cuda(pointer<const float>(x), rows, columns, row_stride, eps,
+                                          pointer<float>(mean), pointer<float>(rstd), pointer<void>(stream));
     });
 #endif
 }

@@ -6,10 +6,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from crossvit._timm import import_timm
+from tests.contract import Subject
 
 import_timm()
 
@@ -24,3 +27,10 @@ def _few_threads() -> None:
     """Workers share the cores: with a full pool each, they would wait for one another."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    """An operation on a backend; see tests/contract.py."""
+    with request.param.ready():
+        yield request.param

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossvit import create_model, list_models
-from tests.operands import relative_error
+from tests.operations import relative_error
 
 RELEASED = list_models(pretrained=True)
 
@@ -63,15 +63,6 @@ def test_same_gradients_in_training_under_one_seed(name):
     x = image(ours, batch=2)
     ours.train(), theirs.train()
     assert_same_gradients(parameter_gradients(ours, x), parameter_gradients(theirs, x), 1e-4)
-
-
-def test_same_masks_with_attention_dropout_alone():
-    ours, theirs = pair("crossvit_tiny_240", attn_drop_rate=0.2)
-    x = image(ours, batch=2)
-    torch.manual_seed(3)
-    got = ours.train()(x)
-    torch.manual_seed(3)
-    assert relative_error(got, theirs.train()(x)) < 1e-5
 
 
 def test_exact_in_float64():

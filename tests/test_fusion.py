@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from crossvit import CrossViT, create_model
 from tests.models import small_model
-from tests.operands import relative_error
+from tests.operations import relative_error
 
 
 def test_all_attention_is_equation_2():
@@ -127,6 +127,15 @@ class Adapter(nn.Module):
         return self.inner(x) + x @ self.low_rank.T
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
 def change(model: nn.Module, how: str) -> None:
     torch.manual_seed(5)
     for encoder in model.blocks:
@@ -144,10 +153,29 @@ def change(model: nn.Module, how: str) -> None:
                 attn.attn_drop = nn.Softmax(dim=-1)  # anything that shows
             elif how == "norm":
                 fusion.norm1 = nn.RMSNorm(fusion.norm1.normalized_shape)
+            elif how == "drop path":
+                fusion.drop_path = Times(0.3)
+            elif how == "forward":
+                forward = attn.proj.forward
+                attn.proj.forward = lambda x, forward=forward: forward(x) * 2
+            elif how == "scale":
+                attn.scale = 3.0
+            elif how == "hook on the block":
+                fusion.register_forward_hook(lambda module, args, output: output.roll(1, -1))
+        for projection in (*encoder.projs, *encoder.revert_projs):
+            if how == "hook on a projection":
+                projection.register_forward_hook(lambda module, args, output: output * 2)
+            elif how == "hook in a projection":
+                projection[1].register_forward_hook(lambda module, args, output: output * 2)
+            elif how == "another activation":
+                projection[1] = nn.GELU(approximate="tanh")
+                projection[2].weight.data.mul_(30)  # that it shows
+            elif how == "eps":
+                projection[0].eps = 0.1
 
 
-@pytest.mark.parametrize("how", ["adapter", "pruning", "hook", "hook on all", "dropout", "norm"])
-def test_changed_submodules_are_called_as_timms_are(how):
+def changed_as_timms_is(how: str) -> tuple[CrossViT, torch.Tensor, torch.Tensor]:
+    """A changed model, an image and its logits, which are those of timm's model with the same change."""
     ours, theirs = create_model("crossvit_tiny").eval(), timm.create_model("crossvit_tiny_240").eval()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 240, 240)
@@ -156,6 +184,14 @@ def test_changed_submodules_are_called_as_timms_are(how):
     got = ours(x)
     assert relative_error(got, theirs(x)) < 1e-5
     assert relative_error(got, plain) > 1e-4, "the change must show"
+    return ours, x, got
+
+
+@pytest.mark.parametrize(
+    "how", ["adapter", "pruning", "hook", "hook on all", "dropout", "norm", "drop path", "forward", "scale"]
+)
+def test_changed_submodules_are_called_as_timms_are(how):
+    ours, x, _ = changed_as_timms_is(how)
     for _ in range(2):
         ours(x).sum().backward()
     with pytest.raises(RuntimeError, match=r"cannot give the attention: .* was replaced or has hooks"):
@@ -163,6 +199,107 @@ def test_changed_submodules_are_called_as_timms_are(how):
     ours.blocks[0].fusion[0].backend = "torch"
     with pytest.raises(RuntimeError, match="cannot run on 'torch': "):
         ours(x)
+
+
+@pytest.mark.parametrize(
+    "how", ["hook on a projection", "hook in a projection", "another activation", "eps", "hook on the block"]
+)
+def test_changed_projections_are_called_as_timms_are(how):
+    """The attention between them stays one operation: it gives its maps, and runs on a named backend."""
+    ours, x, got = changed_as_timms_is(how)
+    assert len(ours.get_attention_maps(x)) == 3
+    for encoder in ours.blocks:
+        for fusion in encoder.fusion:
+            fusion.backend = "torch"
+    assert relative_error(ours(x), got) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["attn_drop", "proj_drop"])
+@pytest.mark.parametrize("training", [False, True])
+def test_dropouts_have_modes_of_their_own(name, training):
+    """As in Monte-Carlo dropout: the mode of the dropout counts, not that of the model around it."""
+    model = small_model(attn_drop_rate=0.5, proj_drop_rate=0.5).train(not training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    for encoder in model.blocks:
+        for fusion in encoder.fusion:
+            getattr(fusion.attn, name).train(training)
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(model(x), model(x)) != training
+
+
+def test_two_dtypes_of_tokens_under_autocast():
+    encoder = small_model().blocks[0]
+    tokens = [torch.randn(2, 17, 24).bfloat16(), torch.randn(2, 10, 48)]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        got = encoder.fuse(tokens)
+    want = encoder.fuse([x.float() for x in tokens])
+    assert all(relative_error(a, b) < 0.05 for a, b in zip(got, want, strict=True))
+
+
+def test_a_half_precision_model_with_norms_in_float32():
+    model, x = small_model(), torch.randn(2, 3, 48, 48)
+    want = model(x)
+    model.bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    assert relative_error(model(x.bfloat16()), want) < 0.1
+
+
+class Wrapped(torch.Tensor):
+    """A weight that computes linear layers alone, as quantised and sharded ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Wrapped(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func not in (
+            torch.ops.aten.t.default,
+            torch.ops.aten.addmm.default,
+            torch.ops.aten.detach.default,
+        ):
+            raise NotImplementedError(func)
+        out = func(*(x.inner if isinstance(x, Wrapped) else x for x in args), **(kwargs or {}))
+        return Wrapped(out) if func is not torch.ops.aten.addmm.default else out
+
+
+def test_weights_of_another_kind_are_left_to_their_module():
+    model, x = small_model(), torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        want = model(x)
+        for encoder in model.blocks:
+            for fusion in encoder.fusion:
+                fusion.attn.proj.weight = nn.Parameter(
+                    Wrapped(fusion.attn.proj.weight.data), requires_grad=False
+                )
+        assert relative_error(model(x), want) < 1e-5
+
+
+def test_hooks_on_every_module_are_called():
+    names = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: names.append(type(module).__name__)
+    )
+    try:
+        small_model()(torch.randn(1, 3, 48, 48))
+    finally:
+        handle.remove()
+    assert names.count("CrossAttentionBlock") == 4
+    assert names.count("CrossAttention") == 4
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
@@ -214,5 +351,5 @@ def test_all_attention_takes_the_settings_of_l_and_the_last_rate():
 
 
 def test_the_backend_reaches_the_operation():
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, reference"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, torch, reference"):
         small_model(backend="fast")(torch.zeros(1, 3, 48, 48))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from crossvit import create_model
-from tests.operands import relative_error
+from tests.operations import relative_error
 
 # image -> (rows, columns) of S and of L: S floors at 12 pixels; L is 14/15 of the image, to the nearest 16.
 GRIDS = {

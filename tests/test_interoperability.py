@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import multiprocessing
+import os
 import pickle
 import shutil
 import socket
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossvit import create_model, crossvit_tiny
 from crossvit_kernels import use_backend
 from tests.models import small_model
-from tests.operands import relative_error
+from tests.operations import relative_error
 
 SHAPE = (2, 3, 48, 48)
 
@@ -275,13 +276,13 @@ def _free_port() -> int:
 def _distributed(rank: int, port: int, model: nn.Module, x: Tensor, path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        wrapped = DistributedDataParallel(model)
-        wrapped(x.chunk(2)[rank]).square().sum(1).mean().backward()
-        if rank == 0:
-            torch.save({name: p.grad for name, p in model.named_parameters()}, path)
-    finally:
-        dist.destroy_process_group()
+    wrapped = DistributedDataParallel(model)
+    wrapped(x.chunk(2)[rank]).square().sum(1).mean().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, path)
+    dist.barrier()
+    # The threads of gloo now and then outlive the interpreter, which then aborts: leave without its exit.
+    os._exit(0)
 
 
 def test_two_processes_give_the_gradients_of_one_at_twice_the_batch(tmp_path):

@@ -14,11 +14,8 @@ import pytest
 import torch
 
 from crossvit_kernels import native
-from tests.operands import relative_error
-
-needs_module = pytest.mark.skipif(
-    native.load_error() is not None, reason=f"the native module is not here: {native.load_error()}"
-)
+from tests.contract import needs_module
+from tests.operations import relative_error
 
 
 def isas() -> list[str]:
@@ -32,7 +29,8 @@ def test_layer_norm_statistics(isa, columns):
     wide = torch.full((300, columns + 5), float("nan"))
     x = wide[:, 2 : 2 + columns]
     x.copy_(torch.randn(300, columns) * 3 + 100)
-    mean, rstd = native.layer_norm_statistics(x, isa=isa)
+    with native.use_isa(isa):
+        mean, rstd = native.layer_norm_statistics(x)
     exact = x.double()
     assert relative_error(mean, exact.mean(1)) < 1e-6
     assert relative_error(rstd, (exact.var(1, correction=0) + 1e-6).rsqrt()) < 1e-5
@@ -62,9 +60,25 @@ def test_bad_rows_are_refused(x, words):
 
 
 @needs_module
-def test_unknown_instruction_sets_are_refused():
-    with pytest.raises(ValueError, match=r"isa must be auto or one that this machine runs .* got sse9"):
-        native.layer_norm_statistics(torch.zeros(3, 4), isa="sse9")
+def test_instruction_sets_are_chosen_by_name():
+    best = native.load().isa()
+    assert best == isas()[0]
+    with native.use_isa("baseline"):
+        assert native.load().isa() == "baseline"
+    assert native.load().isa() == best
+    with (
+        pytest.raises(ValueError, match=r"isa must be auto or one that this machine runs .* got sse9"),
+        native.use_isa("sse9"),
+    ):
+        pass
+
+
+@needs_module
+def test_an_instruction_set_in_the_environment():
+    code = "from crossvit_kernels import native; print(native.load().isa())"
+    assert run_code(code, CROSSVIT_ISA="baseline").strip() == "baseline"
+    code = "from crossvit_kernels import native; print(native.load_error())"
+    assert "isa must be auto or one that this machine runs" in run_code(code, CROSSVIT_ISA="sse9")
 
 
 @needs_module
@@ -161,7 +175,7 @@ except ValueError as error:
     print(error)
 """
     assert run_code(code, CROSSVIT_BACKEND="reference").split() == ["reference", "ran"]
-    assert "CROSSVIT_BACKEND must be one of auto, torch, reference, got 'fast'" in run_code(
+    assert "CROSSVIT_BACKEND must be one of auto, cpu, torch, reference, got 'fast'" in run_code(
         code, CROSSVIT_BACKEND="fast"
     )
 
@@ -170,10 +184,11 @@ def test_the_diagnosis_runs_and_checks_itself():
     done = subprocess.run(
         [sys.executable, "-m", "crossvit_kernels", "--check"], capture_output=True, text=True, check=True
     )
-    assert re.search(r"ok +cross_attention, torch on cpu, forward and gradients", done.stdout)
+    assert re.search(r"ok +cross_attention, torch on cpu: forward and gradients", done.stdout)
     assert "FAIL" not in done.stdout
     if native.load_error() is None:
         assert f"native {isas()[0]}" in done.stdout
+        assert f"cross_fusion, cpu with {isas()[-1]}" in done.stdout
 
 
 def test_the_package_names_its_version():

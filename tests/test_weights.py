@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from crossvit import create_model, load_weights
 from crossvit.variants import VARIANTS
 from crossvit.weights import IBM_URL_VARIABLE, fetch, find_cached, from_ibm, read_checkpoint, to_ibm
-from tests.operands import relative_error
+from tests.operations import relative_error
 
 TINY = VARIANTS["crossvit_tiny_240"]
 

@@ -11,15 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import autocast_enabled
 from ..backends import Call, choose
-from . import absorbed, reference
+from ..dropout import draw_seed
+from ..modes import autocast_enabled, plain_operators_only, without_autocast
+from . import absorbed, op, reference
+from .checks import (
+    check_devices_and_dtypes,
+    check_heads,
+    check_matrix,
+    check_probability,
+    check_scale,
+    check_vector,
+    got,
+    matrix_dtype,
+)
 from .operands import Operands
 
 __all__ = ["cross_attention"]
 
 # Best first: the order in which "auto" tries them.
-IMPLEMENTATIONS = {"torch": absorbed.cross_attention, "reference": reference.cross_attention}
+IMPLEMENTATIONS = {
+    "cpu": op.cross_attention,
+    "torch": absorbed.cross_attention,
+    "reference": reference.cross_attention,
+}
 
 
 @overload
@@ -117,10 +132,12 @@ def cross_attention(
     Returns:
         y [B, 1, C] in the dtype of the patches, or (y, attention).
 
-    Differentiable twice. Forward-mode differentiation (torch.func.jvp) works with backend="reference" only.
+    Differentiable any number of times, and in forward mode (torch.func.jvp), for which "auto" takes PyTorch's
+    operators.
 
-    Dtypes: outside autocast all tensors share one floating-point dtype. Under autocast cls takes the dtype of
-    the patches, the projections take autocast's dtype, sums are float32 at least.
+    Dtypes: outside autocast all tensors share one floating-point dtype; the LayerNorm's may stay in float32.
+    Under autocast cls and the LayerNorm take the dtype of the patches, the projections take autocast's dtype.
+    Sums are float32 at least.
 
     Raises:
         ValueError: a shape or a probability is wrong, or no backend has that name.
@@ -133,42 +150,36 @@ def cross_attention(
     matrices = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
     if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
         _check_shapes(cls, patches, vectors, matrices, num_heads, residual_scale)
-    _check_devices_and_dtypes({"cls": cls, **vectors, **matrices}, residual_scale, patches, autocast)
-    _check_probability("dropout_p", dropout_p)
-    _check_probability("proj_dropout_p", proj_dropout_p)
+    others = {"cls": cls, **vectors, **matrices, "residual_scale": residual_scale}
+    norms = ("norm_weight", "norm_bias")
+    check_devices_and_dtypes("patches", patches, others, ("residual_scale",), norms, autocast)
+    check_probability("dropout_p", dropout_p)
+    check_probability("proj_dropout_p", proj_dropout_p)
 
     if autocast:
-        cls = cls.to(patches.dtype)
-        dtype = patches.dtype if patches.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        cls, norm_weight = cls.to(patches.dtype), norm_weight.to(patches.dtype)
+        norm_bias = None if norm_bias is None else norm_bias.to(patches.dtype)
+        dtype = matrix_dtype(patches, wq, autocast)
         wq, wk, wv, wo = (w.to(dtype) for w in (wq, wk, wv, wo))
         bq, bk, bv, bo = (None if b is None else b.to(dtype) for b in (bq, bk, bv, bo))
-    compute = choose("cross_attention", backend, Call(device, patches.dtype, wq.dtype), IMPLEMENTATIONS)
+    call = Call(device, patches.dtype, wq.dtype, plain_operators_only())
+    compute = choose("cross_attention", backend, call, IMPLEMENTATIONS)
 
     # Everything random is drawn here, in this order, so that a backend is a function of its arguments.
-    attention_mask = None
-    if dropout_p > 0:
-        ones = torch.ones(
-            (cls.shape[0], num_heads, 1 + patches.shape[1]),
-            dtype=torch.promote_types(wq.dtype, torch.float32),
-            device=cls.device,
-        )
-        attention_mask = F.dropout(ones, dropout_p)
+    seed = draw_seed(cls.device) if dropout_p > 0 else None
     if residual_scale is not None:
         if residual_scale.ndim == 1:
-            residual_scale = residual_scale[:, None, None]
+            residual_scale = residual_scale[:, None, None].expand(cls.shape)
         residual_scale = residual_scale.to(cls.dtype)
     if proj_dropout_p > 0:
         kept = F.dropout(torch.ones_like(cls), proj_dropout_p)
         residual_scale = kept if residual_scale is None else kept * residual_scale
 
     operands = Operands(
-        cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo,
-        num_heads, eps, attention_mask, residual_scale,
+        cls, patches, (norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo),
+        num_heads, eps, dropout_p, seed, 0, residual_scale, return_attention,
     )  # fmt: skip
-    if autocast:  # the backend has its operands in the right dtypes; autocast would round its float32 sums
-        with torch.autocast(device, enabled=False):
-            y, attention = compute(operands)
-    else:
+    with without_autocast(device):  # the operands have the right dtypes
         y, attention = compute(operands)
     return (y, attention) if return_attention else y
 
@@ -181,9 +192,6 @@ def _check_shapes(
     num_heads: int,
     residual_scale: Tensor | None,
 ) -> None:
-    def got(tensor: Tensor) -> str:
-        return f"got {list(tensor.shape)}"
-
     width = matrices["wq"].shape[-1]
     if patches.ndim != 3 or patches.shape[2] != width:
         raise ValueError(
@@ -197,39 +205,8 @@ def _check_shapes(
             f"{got(cls)}: project it to the other branch's width first"
         )
     for name, matrix in matrices.items():
-        if matrix.ndim != 2 or matrix.shape[0] != width or matrix.shape[1] != width:
-            raise ValueError(f"{name} must have shape [C, C] = [{width}, {width}], {got(matrix)}")
+        check_matrix(name, matrix, "C, C", width, width)
     for name, vector in vectors.items():
-        if vector is not None and (vector.ndim != 1 or vector.shape[0] != width):
-            raise ValueError(f"{name} must have shape [C] = [{width}], {got(vector)}")
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide C = {width}, got {num_heads}")
-    if residual_scale is not None and residual_scale.shape not in ((batch,), (batch, 1, width)):
-        raise ValueError(
-            f"residual_scale must have shape [B] = [{batch}] or [B, 1, C] = [{batch}, 1, {width}], "
-            f"{got(residual_scale)}"
-        )
-
-
-def _check_devices_and_dtypes(
-    tensors: dict[str, Tensor | None], residual_scale: Tensor | None, patches: Tensor, autocast: bool
-) -> None:
-    for name, tensor in {"patches": patches, "residual_scale": residual_scale, **tensors}.items():
-        if tensor is None:
-            continue
-        if tensor.device != patches.device:
-            raise RuntimeError(
-                f"{name} is on {tensor.device}, patches on {patches.device}: move them together"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if not autocast and name != "residual_scale" and tensor.dtype != patches.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of patches, {patches.dtype}, got {tensor.dtype}: "
-                "cast it, or run under torch.autocast to mix them"
-            )
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        check_vector(name, vector, "C", width)
+    check_heads("num_heads", num_heads, "C", width)
+    check_scale("residual_scale", residual_scale, batch, width, "C")

@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import autocast_enabled
+from ..modes import forward_mode, without_autocast
 from .operands import Operands
 
 
 def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     """y and the attention, as `reference.cross_attention` defines them."""
-    cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands[:12]
+    cls, patches = operands.cls, operands.patches
+    norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands.weights
     num_heads, eps = operands.num_heads, operands.eps
-    attention_mask, residual_scale = operands.attention_mask, operands.residual_scale
+    attention_mask, residual_scale = operands.attention_mask(), operands.residual_scale
     dtype = wq.dtype
     width = cls.shape[-1]
     head_width = width // num_heads
@@ -36,7 +37,7 @@ def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     beta = None if norm_bias is None else norm_bias.to(cls.dtype)
 
     q = F.linear(F.layer_norm(cls, (width,), gamma, beta, eps).to(dtype), wq, bq)  # [B, 1, C]
-    q = q.view(-1, num_heads, head_width).transpose(0, 1)  # [H, B, d]
+    q = q.view(cls.shape[0], num_heads, head_width).transpose(0, 1)  # [H, B, d]
     query = torch.bmm(q, wk.view(num_heads, head_width, width)).transpose(0, 1)  # [B, H, C]
     query = (query * (gamma * head_width**-0.5)).to(dtype)
 
@@ -50,7 +51,7 @@ def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     if bv is not None:
         bv = bv.view(num_heads, head_width)
         o = o + (bv if total is None else total * bv)
-    output = F.linear(o.reshape(-1, 1, width), wo, bo)
+    output = F.linear(o.reshape(cls.shape[0], 1, width), wo, bo)
     if _differentiated(bk):
         output = ZeroGradient.apply(output, bk)
     if residual_scale is not None:
@@ -69,8 +70,8 @@ def _attend(
 
 def _differentiated(*inputs: Tensor | None) -> bool:
     """Whether to go through an autograd.Function: where there is something to differentiate, and not under
-    torch.jit.trace, whose graphs cannot hold one."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+    torch.jit.trace, whose graphs cannot hold one, nor in forward mode, which it has no rule for."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or forward_mode():
         return False
     return any(x is not None and x.requires_grad for x in inputs)
 
@@ -127,10 +128,7 @@ class AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dattention: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: checkpointing recomputes at each reading
-        device = saved[0].device.type
-        if not autocast_enabled(device):
-            return _backward(ctx, saved, dz, dattention)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(saved[0].device.type):
             return _backward(ctx, saved, dz, dattention)
 
 

@@ -11,9 +11,10 @@ from .operands import Operands
 
 def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     """y = cls + residual_scale * MCA(LN([cls || patches])), and the attention."""
-    cls, patches, norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands[:12]
+    cls, patches = operands.cls, operands.patches
+    norm_weight, norm_bias, wq, bq, wk, bk, wv, bv, wo, bo = operands.weights
     num_heads, eps = operands.num_heads, operands.eps
-    attention_mask, residual_scale = operands.attention_mask, operands.residual_scale
+    attention_mask, residual_scale = operands.attention_mask(), operands.residual_scale
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, N, d]

@@ -1,21 +1,14 @@
 // Run-time choice of the instruction set: one binary serves every x86-64 (or arm64) machine.
 //
-// A kernel is one always-inline body, instantiated in thin functions that carry a `target` attribute; the
-// compiler vectorises each copy for its target. Bodies must not call std:: templates: the linker keeps one
-// copy of those, and it may be the one compiled for the newest machine.
+// Every file named cpu.cpp is compiled once for each instruction set (setup.py has the flags) and defines its
+// functions in the namespace CROSSVIT_ISA, which is that set's name; CROSSVIT_SELECT picks one of the copies.
+// Such a file and the headers it includes define nothing outside an anonymous namespace and use no function
+// of std::, because the linker keeps one copy of an inline function and it may be the newest machine's.
 #pragma once
 
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define CROSSVIT_X86 1
-#define CROSSVIT_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define CROSSVIT_TARGET_AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,fma")))
-#endif
-
-#define CROSSVIT_ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace crossvit {
 
@@ -24,10 +17,10 @@ enum class Isa { baseline, avx2, avx512 };
 // What this machine and its operating system can run, best first.
 inline std::vector<Isa> supported_isas() {
     std::vector<Isa> isas;
-#ifdef CROSSVIT_X86
+#ifdef CROSSVIT_X86_ISAS
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
         isas.push_back(Isa::avx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::avx2);
 #endif
@@ -59,5 +52,15 @@ inline Isa isa_from_name(const std::string& wanted) {
     throw std::invalid_argument("isa must be auto or one that this machine runs (" + known + "), got " +
                                 wanted);
 }
+
+// The copy of a function that was compiled for `isa`: select(isa, baseline::f, avx2::f, avx512::f).
+#ifdef CROSSVIT_X86_ISAS
+#define CROSSVIT_SELECT(isa, function)                   \
+    ((isa) == ::crossvit::Isa::avx512 ? avx512::function \
+     : (isa) == ::crossvit::Isa::avx2 ? avx2::function   \
+                                      : baseline::function)
+#else
+#define CROSSVIT_SELECT(isa, function) ((void)(isa), baseline::function)
+#endif
 
 }  // namespace crossvit

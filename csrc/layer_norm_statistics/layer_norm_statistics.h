@@ -5,14 +5,22 @@
 // every digit when a row's mean is large beside its deviation.
 #pragma once
 
-#include <cstdint>
-
-#include "../common/cpu_isa.h"
+#include <stdint.h>
 
 namespace crossvit {
 
-void layer_norm_statistics_cpu(const float* x, int64_t rows, int64_t columns, int64_t row_stride, float eps,
-                               float* mean, float* rstd, Isa isa);
+using LayerNormStatistics = void(const float* x, int64_t rows, int64_t columns, int64_t row_stride, float eps,
+                                 float* mean, float* rstd);
+
+namespace baseline {
+LayerNormStatistics layer_norm_statistics;
+}
+namespace avx2 {
+LayerNormStatistics layer_norm_statistics;
+}
+namespace avx512 {
+LayerNormStatistics layer_norm_statistics;
+}
 
 #ifdef CROSSVIT_CUDA
 // Launches on `stream` (a cudaStream_t) and returns the launch's cudaError_t as an integer.

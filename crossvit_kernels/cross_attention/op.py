@@ -1,0 +1,263 @@
+"""The native cross-attention as an operator of torch: schema, shapes, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..library import any_requires_grad, define, differentiate_by
+from ..modes import without_autocast
+from . import absorbed
+from .native import Direction, ForwardOutputs, Gradients, backward, forward
+from .operands import Operands, Weights
+
+
+def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+    """y and, if asked for, the attention, as `reference.cross_attention` defines them."""
+    o = operands
+    args = (o.cls, o.patches, o.residual_scale, o.seed, o.num_heads, o.eps, o.dropout_p, o.return_attention)
+    if torch.is_grad_enabled() and any_requires_grad((*args, *o.weights)):
+        y, attention, _ = CrossAttention.apply(*args, *o.weights)
+    else:
+        y, attention, _ = FORWARD(args[0], args[1], o.weights, *args[2:])
+    return y, attention
+
+
+def _forward(
+    cls: Tensor,
+    patches: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    eps: float,
+    dropout_p: float,
+    return_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    direction = Direction(cls, patches, tuple(weights), num_heads, residual_scale, seed)
+    batch, count, width = patches.shape
+    y = torch.empty((batch, 1, width), dtype=patches.dtype)
+    attention = torch.empty((batch, num_heads, 1 + count) if return_attention else 0, dtype=torch.float32)
+    outputs = ForwardOutputs(y, None, attention if return_attention else None, direction.saved())
+    forward([(direction, outputs)], eps, dropout_p)
+    return y, attention, outputs.saved
+
+
+def _forward_fake(
+    cls: Tensor,
+    patches: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    eps: float,
+    dropout_p: float,
+    return_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count, width = patches.shape
+    shape = (batch, num_heads, 1 + count) if return_attention else (0,)
+    return (
+        patches.new_empty((batch, 1, width)),
+        patches.new_empty(shape, dtype=torch.float32),
+        saved_fake(patches, num_heads),
+    )
+
+
+def saved_fake(patches: Tensor, num_heads: int) -> Tensor:
+    """The shape of what forward saves; see saved_floats in csrc/cross_attention/cross_attention.h."""
+    batch, _, width = patches.shape
+    floats = (4 + num_heads) * ((width + 15) // 16 * 16) + (2 * num_heads + 15) // 16 * 16
+    return patches.new_empty((batch, floats), dtype=torch.float32)
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_attention: Tensor | None,
+    cls: Tensor,
+    patches: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    seed: Tensor | None,
+    attention: Tensor,
+    saved: Tensor,
+    num_heads: int,
+    eps: float,
+    dropout_p: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    to_patches, to_scale, to_weights = wanted
+    gradients = Gradients(
+        cls=grad_y,
+        patches=None,
+        attention=None if grad_attention is None else (attention.contiguous(), grad_attention.contiguous()),
+        saved=saved.contiguous(),
+        to_cls=empty_as(cls),
+        to_patches=empty_as(patches) if to_patches else None,
+        to_scale=torch.empty(cls.shape, dtype=torch.float32) if to_scale else None,
+        to_weights=weight_gradients(tuple(weights), cls.shape[0]) if to_weights else None,
+    )
+    direction = Direction(cls, patches, tuple(weights), num_heads, residual_scale, seed)
+    backward([(direction, gradients)], eps, dropout_p)
+    return (
+        none_as_empty(gradients.to_cls),
+        none_as_empty(gradients.to_patches),
+        none_as_empty(gradients.to_scale),
+        [none_as_empty(x) for x in gradients.to_weights or [None] * len(weights)],
+    )
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    grad_attention: Tensor | None,
+    cls: Tensor,
+    patches: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    seed: Tensor | None,
+    attention: Tensor,
+    saved: Tensor,
+    num_heads: int,
+    eps: float,
+    dropout_p: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    to_patches, to_scale, to_weights = wanted
+    return (
+        cls.new_empty(cls.shape),
+        patches.new_empty(patches.shape) if to_patches else fake_absent(patches),
+        cls.new_empty(cls.shape, dtype=torch.float32) if to_scale else fake_absent(cls),
+        fake_weight_gradients(weights, to_weights),
+    )
+
+
+def weight_gradients(weights: Weights, batch: int) -> Weights:
+    """Room for the gradient of each weight; zeros for k's bias, and for all where no image adds to them."""
+    key_bias = 9 if len(weights) == 18 else 5
+
+    found = [None if w is None else empty_as(w) for w in weights]
+    for i, gradient in enumerate(found):
+        if gradient is not None and (i == key_bias or batch == 0):
+            gradient.zero_()
+    return tuple(found)
+
+
+def empty_as(x: Tensor) -> Tensor:
+    """Contiguous, of the shape and dtype of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fake_weight_gradients(weights: list[Tensor | None], wanted: bool) -> list[Tensor]:
+    """The shapes that `none_as_empty` gives to `weight_gradients`."""
+    some = next(w for w in weights if w is not None)
+    return [fake_absent(some) if w is None or not wanted else w.new_empty(w.shape) for w in weights]
+
+
+def none_as_empty(x: Tensor | None) -> Tensor:
+    """Operators return tensors: an absent one has no elements."""
+    return torch.empty(0, dtype=torch.float32) if x is None else x
+
+
+def fake_absent(like: Tensor) -> Tensor:
+    """The shape of what `none_as_empty` gives for None."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+FORWARD = define(
+    "cross_attention(Tensor cls, Tensor patches, Tensor?[] weights, Tensor? residual_scale, Tensor? seed, "
+    "int num_heads, float eps, float dropout_p, bool return_attention) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+BACKWARD = define(
+    "cross_attention_backward(Tensor grad_y, Tensor? grad_attention, Tensor cls, Tensor patches, "
+    "Tensor?[] weights, Tensor? residual_scale, Tensor? seed, Tensor attention, Tensor saved, int num_heads, "
+    "float eps, float dropout_p, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor[])",
+    _backward,
+    _backward_fake,
+)
+
+
+class CrossAttention(torch.autograd.Function):
+    """y, the attention (empty unless asked for) and what forward leaves for backward.
+
+    Saves its inputs, float32 [B, (4 + H) C] and the attention if it was asked for; nothing of size B P C.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Takes cls, patches, residual_scale, seed, num_heads, eps, dropout_p, return_attention, then the
+        # weights. Not by name: PyTorch builds and binds the signature at every call, microseconds a name.
+        return FORWARD(args[0], args[1], args[8:], *args[2:8])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        cls, patches, residual_scale, seed, *options = inputs
+        ctx.options, weights = options[:4], options[4:]
+        _, attention, saved = output
+        return_attention = options[3]
+        ctx.mark_non_differentiable(*([saved] if return_attention else [attention, saved]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cls, patches, residual_scale, seed, attention, saved, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_attention: Tensor | None, _: Any) -> tuple:
+        num_heads, eps, dropout_p, return_attention = ctx.options
+        needs = ctx.needs_input_grad
+        cls, patches, scale, seed, attention, saved, *weights = ctx.saved_tensors  # read once: checkpointing
+        grad_y = torch.zeros_like(cls) if grad_y is None else grad_y
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+
+            def compute(cls: Tensor, patches: Tensor, scale: Tensor | None, *weights: Tensor | None) -> tuple:
+                operands = Operands(
+                    cls, patches, weights, num_heads, eps, dropout_p, seed, 0, scale, return_attention
+                )
+                return absorbed.cross_attention(operands)
+
+            results = vjp(compute, (cls, patches, scale, *weights), (grad_y, grad_attention))
+        else:
+            wanted = (needs[1], needs[2], any(needs[8:]))
+            to_cls, to_patches, to_scale, to_weights = BACKWARD(
+                grad_y, grad_attention, cls, patches, weights, scale, seed, attention, saved, num_heads, eps,
+                dropout_p, wanted,
+            )  # fmt: skip
+            results = (
+                to_cls,
+                to_patches,
+                to_scale if scale is None else to_scale.to(scale.dtype),
+                *to_weights,
+            )
+        results = (*results[:3], *(None,) * 5, *results[3:])
+        return tuple(g if n else None for g, n in zip(results, needs, strict=True))
+
+
+def vjp(function: Any, inputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
+    """Gradients of `inputs`, of which some are None, by differentiating `function` once more; differentiable.
+
+    An incoming gradient that is None belongs to an output that is not looked at.
+    """
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    looked_at = [i for i, g in enumerate(grads) if g is not None]
+
+    def present(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = dict(zip(given, tensors, strict=True))
+        outputs = function(*(arguments.get(i) for i in range(len(inputs))))
+        return tuple(outputs[i] for i in looked_at)
+
+    with without_autocast(inputs[0].device.type):
+        outputs, pull_back = torch.func.vjp(present, *(inputs[i] for i in given))  # type: ignore[misc]
+        found = pull_back(tuple(grads[i].to(y.dtype) for i, y in zip(looked_at, outputs, strict=True)))
+    results = dict(zip(given, found, strict=True))
+    return tuple(results.get(i) for i in range(len(inputs)))
+
+
+def _differentiable(
+    cls: Tensor, patches: Tensor, weights: list[Tensor | None], *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return CrossAttention.apply(cls, patches, *options, *weights)
+
+
+differentiate_by(FORWARD, _differentiable)

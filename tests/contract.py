@@ -1,0 +1,167 @@
+"""What a backend is held against: every result and gradient, by the error that eager PyTorch makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from crossvit_kernels import backends, native
+from tests.operations import OPERATIONS, CrossAttention, CrossFusion, Size, leaves
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An operation on a backend, on a CPU's instruction set where it is native."""
+
+    operation: CrossAttention | CrossFusion
+    backend: str
+    isa: str = "auto"
+
+    def __str__(self) -> str:
+        return "-".join((self.operation.name, self.backend, *([self.isa] if self.isa != "auto" else [])))
+
+    @property
+    def native(self) -> bool:
+        return self.backend == "cpu"
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The most precise dtype that it takes."""
+        return torch.float32 if self.native else torch.float64
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        if self.native and native.load_error() is not None:
+            pytest.skip(f"the native module is not here: {native.load_error()}")
+        with native.use_isa(self.isa) if self.native else nullcontext():
+            yield
+
+    def run(self, tensors: Sequence[Tensor], size: Size, **options: object) -> tuple[Tensor, ...]:
+        return self.operation.run(tensors, size, self.backend, **options)
+
+
+needs_module = pytest.mark.skipif(
+    native.load_error() is not None, reason=f"the native module is not here: {native.load_error()}"
+)
+
+
+def _isas() -> list[str]:
+    return native.load().isas() if native.load_error() is None else ["baseline"]
+
+
+SUBJECTS = tuple(
+    Subject(operation, backend, isa)
+    for operation in OPERATIONS
+    for backend in backends()
+    for isa in (_isas() if backend == "cpu" else ["auto"])
+)
+
+
+def subjects(wanted: Callable[[Subject], bool] = lambda subject: True) -> pytest.MarkDecorator:
+    """Parametrises a test over `subject`."""
+    chosen = [subject for subject in SUBJECTS if wanted(subject)]
+    return pytest.mark.parametrize("subject", chosen, ids=str, indirect=True)
+
+
+all_subjects = subjects()
+native_subjects = subjects(lambda subject: subject.native)
+LOW = (torch.bfloat16, torch.float16)
+DEFAULT = Size()
+
+Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def gradients(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of the sum of all outputs."""
+    loss = sum(y.double().sum() for y in outputs)
+    found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return list(found)
+
+
+def results(function: Function, tensors: Sequence[Tensor], seed: int = 11) -> list[Tensor]:
+    """Outputs, then every tensor's gradient for a loss in which each output element has its own weight."""
+    ins = leaves(tensors)
+    outputs = function(ins)
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64)
+    for y in outputs:
+        weight = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16()
+        loss = loss + (y * weight.to(y.dtype)).double().sum()
+    grads = torch.autograd.grad(loss, ins, allow_unused=True, materialize_grads=True)
+    return [*(y.detach() for y in outputs), *grads]
+
+
+def check(subject: Subject, tensors: Sequence[Tensor], size: Size, saturated: bool = False) -> None:
+    """Outputs and gradients against the oracle in float64.
+
+    In float64 to 1e-11. Else by the rule for kernels: at most twice the error that timm's modules make in the
+    same dtype, plus a step of it (in float32 a few, because on few elements eager may be lucky). `saturated`
+    inputs, whose softmax is all but one-hot, leave nothing but rounding of the queries' gradients: there all
+    gradients are held against the largest, with eight times the error of eager, and 1e-7 in float64.
+    """
+    operation = subject.operation
+    count = len(operation.outputs)
+    check_against(
+        subject,
+        tensors,
+        run=lambda x: subject.run(x, size),
+        oracle=lambda x: operation.oracle(x, size)[:count],
+        eager=lambda x: operation.eager(x, size),
+        saturated=saturated,
+    )
+
+
+def check_against(
+    subject: Subject,
+    tensors: Sequence[Tensor],
+    run: Function,
+    oracle: Function,
+    eager: Function,
+    saturated: bool = False,
+    rounding: torch.dtype | None = None,
+    slack: float = 1.0,
+) -> None:
+    """As `check`, for any functions of the operation's tensors; `oracle` is given them in float64.
+
+    `rounding`: the dtype whose steps count, where it is not that of the tensors; `slack` multiplies them.
+    """
+    dtype = tensors[0].dtype
+    mine = results(run, tensors)
+    truth = results(oracle, [x.double() for x in tensors])
+    count = len(truth) - len(tensors)
+    largest = max((g.abs().max().item() for g in truth[count:] if g.numel()), default=0.0)
+
+    def error(got: Tensor, want: Tensor) -> float:
+        """Relative, but absolute where all should be zero."""
+        if got.numel() == 0:
+            return 0.0
+        assert torch.isfinite(got).all(), "not finite"
+        scale = want.abs().max().item()
+        if saturated and scale < largest:
+            scale = largest
+        return (got.double() - want).abs().max().item() / (scale if scale > 1e-12 else 1.0)
+
+    if dtype == torch.float64:
+        bounds = [1e-7 if saturated else 1e-11] * len(truth)
+    else:
+        step = max(torch.finfo(dtype).eps, torch.finfo(rounding or dtype).eps)
+        steps = step * (32 if step < 1e-6 else 1) * slack
+        times = 8 if saturated else 2
+        steps *= times
+        rivals = results(eager, tensors)
+        bounds = [times * error(*pair) + steps for pair in zip(rivals, truth, strict=True)]
+    names = [f"output {i}" for i in range(count)] + [f"gradient of {x}" for x in subject.operation.names]
+    zero = {count + i for i in subject.operation.zero_gradients}
+    for i, (name, got, want, bound) in enumerate(zip(names, mine, truth, bounds, strict=True)):
+        if i >= count:
+            assert got.dtype == tensors[i - count].dtype, name
+        if i in zero:
+            # The definition subtracts equal numbers there, and what is left has no relative size.
+            assert subject.backend == "reference" or not got.any(), f"{name} is zero by its formula"
+            continue
+        assert error(got, want) <= bound, f"{name}: error {error(got, want):.2e}, allowed {bound:.2e}"

@@ -1,0 +1,53 @@
+"""Copies of the project with a native module of their own, for tests that change it or instrument it."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from crossvit_kernels import native
+from tests.seeded_faults import Fault
+
+ROOT = Path(__file__).parent.parent
+
+
+def copy_project(root: Path, fault: Fault | None = None) -> None:
+    """The packages, the sources and the tests, with the fault put in; the native module is left behind."""
+    for name in ("crossvit", "crossvit_kernels", "csrc", "tests"):
+        shutil.copytree(
+            ROOT / name, root / name, ignore=shutil.ignore_patterns("_native*", "__pycache__", ".*")
+        )
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    if fault is not None:
+        file = root / "csrc" / fault.file
+        source = file.read_text()
+        assert source.count(fault.old) == 1, f"{fault.what}: its text must occur once in {fault.file}"
+        file.write_text(source.replace(fault.old, fault.new))
+
+
+def build(root: Path, monkeypatch: pytest.MonkeyPatch, flags: str, baseline_only: bool) -> None:
+    """The copy's native module, by the functions of its setup.py, without CUDA."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    names = runpy.run_path(str(root / "setup.py"))["build"].__globals__
+    if baseline_only:
+        names["INSTRUCTION_SETS"] = {"baseline": []}
+    monkeypatch.setenv("CXXFLAGS", flags)
+    cxx = names["find_cxx"]()
+    output = root / "crossvit_kernels" / Path(native.load().__file__).name
+    names["compile_module"](output, cxx, names["openmp_flags"](cxx), None, [])
+
+
+def run_tests(root: Path, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
+    """pytest in the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+    return subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=1800)

@@ -1,0 +1,55 @@
+"""Whether the contract can fail: faults put into the kernels' source, one at a time, have to be caught.
+
+A run takes a few of them, drawn by FAULT_SEED, which `make test` prints; `make test-exhaustive` takes all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.contract import needs_module
+from tests.native_builds import build, copy_project, run_tests
+from tests.seeded_faults import FAULTS, Fault
+
+SAMPLE = 3
+SEED = int(os.environ.get("FAULT_SEED", "0"))
+WRONG_RESULTS = [fault for fault in FAULTS if not fault.memory]
+# What is run against a fault: the contract of one instruction set.
+CONTRACT = ["tests/test_contract.py", "-k", "cpu-baseline"]
+
+
+def catches(fault: Fault | None, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
+    """Whether the contract fails with this fault in the kernels, and what was printed."""
+    copy_project(root, fault)
+    build(root, monkeypatch, "-O1", baseline_only=True)
+    done = run_tests(root, CONTRACT, CROSSVIT_ISA="baseline")
+    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    return done.returncode == 1, done.stdout
+
+
+@needs_module
+def test_the_kernels_as_they_are_pass(tmp_path, monkeypatch):
+    """Otherwise the faults below would be caught by anything."""
+    caught, output = catches(None, tmp_path, monkeypatch)
+    assert not caught, output[-2000:]
+    assert " passed" in output
+
+
+@needs_module
+@pytest.mark.parametrize("index", range(SAMPLE))
+def test_a_fault_is_caught(index, tmp_path, monkeypatch):
+    fault = random.Random(SEED).sample(WRONG_RESULTS, SAMPLE)[index]
+    caught, _ = catches(fault, tmp_path, monkeypatch)
+    assert caught, f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
+
+
+@needs_module
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", WRONG_RESULTS, ids=lambda fault: fault.what)
+def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
+    caught, _ = catches(fault, tmp_path, monkeypatch)
+    assert caught, f"no test noticed that {fault.what}"
