@@ -9,7 +9,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # What the installed package depends on; a change installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-sanitized test-exhaustive test-packaging bench lint format clean
+.PHONY: demo test test-interpreted test-sanitized test-exhaustive test-packaging bench hardware lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crossvit demo examples/cat.png
@@ -19,7 +19,14 @@ SEED := $(or $(SEED),$(shell date +%s))
 
 test: $(VENV)/.test
 	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) --hypothesis-seed=$(SEED) \
-	  -m "not packaging and not sanitized and not exhaustive"
+	  -m "not packaging and not sanitized and not exhaustive and not interpreted"
+
+# The contract of the Triton kernels, executed without a GPU: one part of PARTS, which SEED draws.
+PARTS := 12
+PART ?= $(shell expr $(SEED) % $(PARTS))/$(PARTS)
+
+test-interpreted: $(VENV)/.test
+	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) -m interpreted --part $(PART)
 
 # The native module with AddressSanitizer and UndefinedBehaviorSanitizer through the contract.
 test-sanitized: $(VENV)/.test
@@ -35,6 +42,10 @@ test-packaging: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTEST) benchmarks --benchmark-only
+
+# On a GPU only: builds, checks and measures everything, and fills docs/hardware.md. Under eight minutes.
+hardware: $(VENV)/.test
+	$(BIN)/python -m benchmarks.hardware
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

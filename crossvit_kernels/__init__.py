@@ -9,6 +9,9 @@ from importlib.metadata import version
 from .backends import backends, use_backend
 from .cross_attention import cross_attention
 from .cross_fusion import FusionWeights, cross_fusion
+from .validation import validate
 
-__all__ = ["FusionWeights", "__version__", "backends", "cross_attention", "cross_fusion", "use_backend"]
+__all__ = [
+    "FusionWeights", "__version__", "backends", "cross_attention", "cross_fusion", "use_backend", "validate",
+]  # fmt: skip
 __version__ = version("crossvit-kernels")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, native
-from .backends import BACKENDS
+from . import __version__, native, triton_runtime
+from .backends import BACKENDS, Backend
 from .check import check_all
 
 
@@ -25,8 +23,7 @@ def main() -> int:
     print(f"Triton: {_triton()}")
     print("\nbackends, in the order in which auto tries them:")
     for backend in BACKENDS.values():
-        missing = backend.missing()
-        print(f"  {backend.name:10s} {'runs' if missing is None else 'does not run: ' + missing}")
+        print(f"  {backend.name:10s} {_state(backend)}")
         print(f"             {backend.summary}")
     if not options.check:
         return 0
@@ -62,14 +59,20 @@ def _print_native() -> None:
         print(f"  CUDA kernels: left out: {report.get('cuda_left_out') or 'no native module'}")
 
 
+def _state(backend: Backend) -> str:
+    missing = backend.missing()
+    if missing is not None:
+        return f"does not run: {missing}"
+    if backend.devices == ("cuda",) and not torch.cuda.is_available():
+        return "does not run: there is no GPU"
+    return "runs"
+
+
 def _triton() -> str:
-    # Looked up, not imported: importing it is left to the first kernel that needs it.
-    if importlib.util.find_spec("triton") is None:
-        return "not installed (no kernel of this version needs it)"
-    try:
-        return f"{version('triton')} (no kernel of this version needs it)"
-    except PackageNotFoundError:
-        return "installed, version unknown"
+    # Looked up, not imported: that is left to the first kernel that needs it.
+    return (
+        triton_runtime.load_error() or f"{triton_runtime.installed()}, imported when a kernel first needs it"
+    )
 
 
 if __name__ == "__main__":

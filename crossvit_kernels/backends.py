@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from . import native
+from . import native, triton_runtime
 
 # Read once: torch.compile traces the choice, and not the cache of load_error.
 _NATIVE_ERROR = native.load_error()
+_TRITON_ERROR = triton_runtime.load_error()
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,12 +32,16 @@ class Call:
         device: type of the tokens' device ("cpu", "cuda", …).
         tokens: dtype of the tokens.
         weights: dtype of the matrices; differs from `tokens` only under autocast.
+        widths: channels of the patches, one number a direction.
+        heads: the same of heads.
         plain: only PyTorch's own operators may be used (`modes.plain_operators_only`).
     """
 
     device: str
     tokens: torch.dtype
     weights: torch.dtype
+    widths: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
     plain: bool = False
 
 
@@ -48,7 +54,9 @@ class Backend:
         summary: one line for `python -m crossvit_kernels`.
         devices: device types it runs on; None means every one.
         dtypes: (tokens, weights) pairs it takes; None means every floating-point pair.
+        widest, most_heads: the largest width and number of heads that it takes; None means any.
         plain: whether it consists of PyTorch's own operators.
+        tried_first: whether "auto" tries it on this machine before it uses it (`validation`).
         missing: why it cannot run on this machine at all, or None.
     """
 
@@ -56,7 +64,10 @@ class Backend:
     summary: str
     devices: tuple[str, ...] | None = None
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] | None = None
+    widest: int | None = None
+    most_heads: int | None = None
     plain: bool = True
+    tried_first: bool = False
     missing: Callable[[], str | None] = lambda: None
 
     def reasons_against(self, call: Call) -> list[str]:
@@ -71,6 +82,12 @@ class Backend:
             reasons.append(
                 "torch.jit.trace, ONNX exports and forward-mode differentiation need PyTorch's own operators"
             )
+        for what, limit, found in (
+            ("widths up to {}", self.widest, call.widths),
+            ("up to {} heads", self.most_heads, call.heads),
+        ):
+            if limit is not None and any(x > limit for x in found):
+                reasons.append(f"it takes {what.format(limit)}, got {max(found)}")
         if self.dtypes is None:
             if call.tokens not in _FLOATING or call.weights not in _FLOATING:
                 reasons.append(f"it takes floating-point tensors, got {call.tokens} and {call.weights}")
@@ -89,6 +106,21 @@ BACKENDS: dict[str, Backend] = {
             dtypes=tuple((tokens, weights) for tokens in _NATIVE for weights in _NATIVE),
             plain=False,
             missing=lambda: _NATIVE_ERROR,
+        ),
+        Backend(
+            "triton",
+            "Triton kernels for NVIDIA and AMD GPUs",
+            devices=("cuda",),
+            dtypes=(
+                *((dtype, dtype) for dtype in _NATIVE),
+                (torch.float32, torch.bfloat16),
+                (torch.float32, torch.float16),
+            ),
+            widest=1024,  # all channels of a block of tokens are in registers
+            most_heads=64,
+            plain=False,
+            tried_first=True,
+            missing=lambda: _TRITON_ERROR,
         ),
         Backend("torch", "the fastest algorithm in PyTorch operators, on any device"),
         Backend("reference", "the definition, as the paper writes it, in PyTorch operators"),
@@ -144,7 +176,8 @@ def choose(operation: str, requested: str, call: Call, implementations: Mapping[
     if requested == "auto":
         requested = _selected
         _check_name(requested, "CROSSVIT_BACKEND")
-    candidates = tuple(implementations) if requested == "auto" else (requested,)
+    automatic = requested == "auto"
+    candidates = tuple(implementations) if automatic else (requested,)
     refusals = []
     for name in candidates:
         if name not in implementations:
@@ -152,7 +185,8 @@ def choose(operation: str, requested: str, call: Call, implementations: Mapping[
             continue
         reasons = BACKENDS[name].reasons_against(call)
         if not reasons:
-            return implementations[name]
+            chosen = implementations[name]
+            return partial(chosen, backend="auto") if automatic and BACKENDS[name].tried_first else chosen
         refusals += [f"  {name}: {reason}" for reason in reasons]
     raise RuntimeError(
         f"no backend can compute {operation} on {call.device} "

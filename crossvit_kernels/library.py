@@ -19,11 +19,12 @@ from .modes import forward_mode
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
 
 
-def define(schema: str, cpu: Callable, fake: Callable) -> Any:
-    """The operator of this schema with its CPU kernel and its shapes; under vmap it runs once a slice."""
+def define(schema: str, kernel: Callable, fake: Callable) -> Any:
+    """The operator of this schema with its kernel and its shapes; under vmap it runs once a slice."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"crossvit_kernels::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.crossvit_kernels, name).default
     torch.library.register_vmap(f"crossvit_kernels::{name}", _once_a_slice(operator), lib=LIBRARY)

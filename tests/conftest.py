@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,6 +16,28 @@ from crossvit._timm import import_timm
 from tests.contract import Subject
 
 import_timm()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="I/N", help="of the tests marked interpreted, the I-th part of N")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the contract of interpreted kernels, and takes a part of it; parts mix all tests."""
+    part, parts = map(int, (config.getoption("--part") or "0/1").split("/"))
+    kept, dropped = [], []
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        subject = callspec.params.get("subject") if callspec else None
+        if isinstance(subject, Subject) and subject.interpreted:
+            item.add_marker(pytest.mark.interpreted)
+        mine = item.get_closest_marker("interpreted") is None or zlib.crc32(item.nodeid.encode()) % parts == (
+            part % parts
+        )
+        (kept if mine else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(autouse=True)

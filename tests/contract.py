@@ -2,47 +2,97 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from crossvit_kernels import backends, native
+from crossvit_kernels import backends, native, triton_runtime
+from crossvit_kernels.backends import BACKENDS
 from tests.operations import OPERATIONS, CrossAttention, CrossFusion, Size, leaves
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An operation on a backend, on a CPU's instruction set where it is native."""
+    """An operation on a backend, on one `target` of it.
+
+    Targets of `cpu` are instruction sets. Those of `triton` are compute capabilities: the kernels compiled
+    for one, executed without a GPU. With CROSSVIT_TEST_DEVICE=cuda it is that device instead.
+    """
 
     operation: CrossAttention | CrossFusion
     backend: str
-    isa: str = "auto"
+    target: str = "auto"
 
     def __str__(self) -> str:
-        return "-".join((self.operation.name, self.backend, *([self.isa] if self.isa != "auto" else [])))
+        return "-".join(
+            (self.operation.name, self.backend, *([self.target] if self.target != "auto" else []))
+        )
 
     @property
     def native(self) -> bool:
         return self.backend == "cpu"
 
     @property
+    def interpreted(self) -> bool:
+        """Whether a call takes seconds."""
+        return self.backend == "triton" and self.target.startswith("sm_")
+
+    @property
+    def device(self) -> str:
+        """Where its tensors are."""
+        return self.target if self.backend == "triton" and not self.interpreted else "cpu"
+
+    @property
     def exact(self) -> torch.dtype:
         """The most precise dtype that it takes."""
-        return torch.float32 if self.native else torch.float64
+        return torch.float32 if self.backend in ("cpu", "triton") else torch.float64
+
+    def times(self, count: int) -> int:
+        """How often to do what is done `count` times where a call takes microseconds."""
+        return max(1, count // 30) if self.interpreted else count
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         if self.native and native.load_error() is not None:
             pytest.skip(f"the native module is not here: {native.load_error()}")
-        with native.use_isa(self.isa) if self.native else nullcontext():
+        if self.device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no GPU: torch.cuda.is_available() is False")
+        with ExitStack() as stack:
+            if self.device != "cpu":
+                stack.enter_context(torch.device(self.device))
+            if self.native:
+                stack.enter_context(native.use_isa(self.target))
+            if self.interpreted:
+                stack.enter_context(without_a_gpu(self.target))
             yield
 
     def run(self, tensors: Sequence[Tensor], size: Size, **options: object) -> tuple[Tensor, ...]:
         return self.operation.run(tensors, size, self.backend, **options)
+
+
+@contextmanager
+def without_a_gpu(target: str = "sm_80", **options: Any) -> Iterator[Any]:
+    """The backend `triton` takes tensors on the CPU: its kernels, compiled for the target, are interpreted.
+
+    Yields the recorder of `tests.ptx.triton_driver.interpreted`, which `options` go to.
+    """
+    if (error := triton_runtime.load_error()) is not None:
+        pytest.skip(error)
+    from tests.ptx.triton_driver import interpreted
+
+    anywhere = replace(BACKENDS["triton"], devices=("cuda", "cpu"))
+    with (
+        mock.patch.dict(BACKENDS, triton=anywhere),
+        interpreted(int(target.removeprefix("sm_")), **options) as recorder,
+    ):
+        yield recorder
 
 
 needs_module = pytest.mark.skipif(
@@ -54,11 +104,13 @@ def _isas() -> list[str]:
     return native.load().isas() if native.load_error() is None else ["baseline"]
 
 
+_DEVICE = os.environ.get("CROSSVIT_TEST_DEVICE")
+_TARGETS = {"cpu": _isas(), "triton": [_DEVICE] if _DEVICE else ["sm_80", "sm_90"]}
 SUBJECTS = tuple(
-    Subject(operation, backend, isa)
+    Subject(operation, backend, target)
     for operation in OPERATIONS
     for backend in backends()
-    for isa in (_isas() if backend == "cpu" else ["auto"])
+    for target in _TARGETS.get(backend, ["auto"])
 )
 
 
@@ -87,10 +139,11 @@ def results(function: Function, tensors: Sequence[Tensor], seed: int = 11) -> li
     """Outputs, then every tensor's gradient for a loss in which each output element has its own weight."""
     ins = leaves(tensors)
     outputs = function(ins)
-    generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros((), dtype=torch.float64)
+    device = tensors[0].device  # not the default one, which is another in other threads
+    generator = torch.Generator(device).manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for y in outputs:
-        weight = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16()
+        weight = torch.randn(y.shape, generator=generator, dtype=torch.float64, device=device).bfloat16()
         loss = loss + (y * weight.to(y.dtype)).double().sum()
     grads = torch.autograd.grad(loss, ins, allow_unused=True, materialize_grads=True)
     return [*(y.detach() for y in outputs), *grads]

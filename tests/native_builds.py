@@ -28,7 +28,7 @@ def copy_project(root: Path, fault: Fault | None = None) -> None:
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     if fault is not None:
-        file = root / "csrc" / fault.file
+        file = root / fault.file
         source = file.read_text()
         assert source.count(fault.old) == 1, f"{fault.what}: its text must occur once in {fault.file}"
         file.write_text(source.replace(fault.old, fault.new))

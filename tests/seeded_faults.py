@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """In `file` under csrc, `old` (which occurs once) becomes `new`.
+    """In `file`, from the project's root, `old` (which occurs once) becomes `new`.
 
     `memory` faults change no result: a build with AddressSanitizer has to stop at them.
     """
@@ -19,34 +19,34 @@ class Fault:
     memory: bool = False
 
 
-_WORK = "cross_attention/work.h"
-_FORWARD = "cross_attention/forward.h"
-_BACKWARD = "cross_attention/backward.h"
-_CPU = "cross_attention/cpu.cpp"
+_WORK = "csrc/cross_attention/work.h"
+_FORWARD = "csrc/cross_attention/forward.h"
+_BACKWARD = "csrc/cross_attention/backward.h"
+_CPU = "csrc/cross_attention/cpu.cpp"
 
 FAULTS = (
     Fault(
         "the columns behind the last whole vector are dropped from dot products",
-        "common/products.h",
+        "csrc/common/products.h",
         "if (whole < rows.columns) {",
         "if (false) {",
     ),
     Fault(
         "the columns behind the last whole vector are dropped from sums of rows",
-        "common/products.h",
+        "csrc/common/products.h",
         "    if (c < rows.columns)\n        accumulate_columns",
         "    if (false)\n        accumulate_columns",
     ),
     Fault(
         "a block of rows reads past its end instead of the last row again",
-        "common/products.h",
+        "csrc/common/products.h",
         "first + r < rows.count ? first + r : rows.count - 1",
         "first + r",
         memory=True,
     ),
     Fault(
         "the variance is E[x^2] - E[x]^2",
-        "common/layer_norm.h",
+        "csrc/common/layer_norm.h",
         "for (int r = 0; r < Count; ++r) variance[r] = sums[r] / static_cast<float>(columns);",
         "for (int r = 0; r < Count; ++r) {"
         "float e = 0; for (int64_t c = 0; c < columns; ++c) e += rows[r * stride + c] * rows[r * stride + c];"
@@ -54,32 +54,37 @@ FAULTS = (
     ),
     Fault(
         "the mean is taken over the padded row",
-        "common/layer_norm.h",
+        "csrc/common/layer_norm.h",
         "mean[r] = sums[r] / static_cast<float>(columns);",
         "mean[r] = sums[r] / static_cast<float>(whole + (rest ? kLanes : 0));",
     ),
     Fault(
         "padding is left in the normalised rows",
-        "common/layer_norm.h",
+        "csrc/common/layer_norm.h",
         "for (int64_t c = columns; c % kLanes; ++c) row[c] = 0.0f;",
         "",
     ),
     Fault(
         "eps is added after the root",
-        "common/layer_norm.h",
+        "csrc/common/layer_norm.h",
         "1.0f / __builtin_sqrtf(variance[r] + eps)",
         "1.0f / (__builtin_sqrtf(variance[r]) + eps)",
     ),
     Fault(
         "the LayerNorm's gradient lacks the mean of the product",
-        "common/layer_norm.h",
+        "csrc/common/layer_norm.h",
         "load(grad + c) - mean - load(hat + c) * mean_product",
         "load(grad + c) - mean",
     ),
-    Fault("bfloat16 is cut off instead of rounded", "common/vector.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u"),
+    Fault(
+        "bfloat16 is cut off instead of rounded",
+        "csrc/common/vector.h",
+        "u + 0x7fffu + ((u >> 16) & 1u)",
+        "u",
+    ),
     Fault(
         "float16 subnormals are read as normal numbers",
-        "common/vector.h",
+        "csrc/common/vector.h",
         "select(magnitude < UintVec{} + (1u << 23), subnormal, normal)",
         "normal",
     ),
@@ -229,13 +234,13 @@ FAULTS = (
     ),
     Fault(
         "the last image of a panel is left out",
-        "common/linear.h",
+        "csrc/common/linear.h",
         "const int64_t images = batch - b < kPanel ? batch - b : kPanel;",
         "const int64_t images = batch - b < kPanel ? batch - b : kPanel - 1;",
     ),
     Fault(
         "the bias of a factor is not multiplied",
-        "common/linear.h",
+        "csrc/common/linear.h",
         "factor ? factor[b * factor_stride + s] : 1.0f",
         "1.0f",
     ),

@@ -60,7 +60,9 @@ def test_a_named_backend_never_falls_back_and_auto_does(monkeypatch):
 
 
 def test_unknown_backends_are_named():
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, torch, reference, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, cpu, triton, torch, reference, got 'cuda'"
+    ):
         cross_attention(*operands(), num_heads=4, backend="cuda")
     with pytest.raises(ValueError, match="use_backend must be one of"), use_backend("fast"):
         pass

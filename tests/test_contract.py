@@ -161,7 +161,8 @@ def test_the_gradient_of_each_tensor_alone(subject):
         if subject.native:
             assert torch.equal(got, want), subject.operation.names[i]
         else:
-            assert torch.allclose(got, want, rtol=1e-9, atol=1e-9), subject.operation.names[i]
+            tolerance = 1e-9 if got.dtype == torch.float64 else 1e-5
+            assert torch.allclose(got, want, rtol=tolerance, atol=tolerance), subject.operation.names[i]
 
 
 @all_subjects
@@ -373,12 +374,14 @@ def test_gradients_under_dropout(subject, rate):
 def test_dropout_keeps_the_mean(subject):
     size = Size(1, 6, 8, 2, 5, 8, 2)
     tensors = subject.operation.inputs(size, subject.exact)
-    calls = [subject.run(tensors, size, dropout_p=0.3)[0] for _ in range(3000)]
+    count = subject.times(3000)
+    calls = [subject.run(tensors, size, dropout_p=0.3)[0] for _ in range(count)]
     if (
         subject.operation.name == "cross_attention"
     ):  # linear in the dropped attention; the fusion ends in a GELU
-        assert relative_error(torch.stack(calls).mean(0), subject.run(tensors, size)[0]) < 0.05
-    assert len({tuple(y.flatten().tolist()) for y in calls}) > 500
+        mean = torch.stack(calls).mean(0)
+        assert relative_error(mean, subject.run(tensors, size)[0]) < 0.05 * (3000 / count) ** 0.5
+    assert len({tuple(y.flatten().tolist()) for y in calls}) > count // 6
 
 
 @all_subjects
@@ -441,7 +444,7 @@ def test_concurrent_callers(subject):
 
     want = [compute(job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
+        for _ in range(subject.times(5)):
             for got, other in zip(pool.map(compute, jobs), want, strict=True):
                 assert all(
                     torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(got, other, strict=True)

@@ -40,7 +40,7 @@ def test_autocast_keeps_the_dtype_of_the_tokens(subject, tokens, dtype):
     for i in subject.operation.tokens:
         tensors[i] = tensors[i].detach().to(tokens).requires_grad_()
     count = len(subject.operation.outputs)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(subject.device, dtype=dtype):
         outputs = subject.run(tensors, size, return_attention=True)
         grads = gradients(outputs, tensors)  # inside on purpose: the backward must not be cast
         # PyTorch does not mix bfloat16 and float16 in one operator: timm's modules get float32 tokens.
@@ -62,7 +62,7 @@ def test_autocast_takes_weights_of_any_dtype(subject):
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         tensors = [x.to(torch.float32 if i < count else dtype) for i, x in enumerate(exact)]
         tensors = [x.requires_grad_() for x in tensors]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(subject.device, dtype=torch.bfloat16):
             outputs = subject.run(tensors, size)
         truth = subject.operation.oracle([x.detach().double() for x in tensors], size)
         for mine, want in zip(outputs, truth, strict=False):
@@ -71,7 +71,7 @@ def test_autocast_takes_weights_of_any_dtype(subject):
         assert [g.dtype for g in gradients(outputs, tensors)] == [x.dtype for x in tensors]
 
 
-@subjects(lambda subject: not subject.native)
+@subjects(lambda subject: subject.exact == torch.float64)
 def test_autocast_leaves_float64_alone(subject):
     tensors = subject.operation.inputs(DEFAULT, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -83,7 +83,7 @@ def test_autocast_leaves_float64_alone(subject):
 # Differentiating once and twice
 
 
-@subjects(lambda subject: not subject.native)
+@subjects(lambda subject: subject.exact == torch.float64)
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4, "proj_dropout_p": 0.3}], ids=["", "dropout"])
 def test_gradient_and_second_gradient(subject, options):
     size = Size(2, 3, 4, 2, 2, 3, 3)
@@ -98,7 +98,7 @@ def test_gradient_and_second_gradient(subject, options):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@native_subjects
+@subjects(lambda subject: subject.exact == torch.float32)
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4, "proj_dropout_p": 0.3}], ids=["", "dropout"])
 def test_the_second_gradient_is_that_of_the_definition(subject, options):
     """A gradient penalty on every tensor; the kernels take float32, so numerical differences say nothing."""
@@ -235,7 +235,7 @@ def test_compiles_with_everything_on_under_autocast(subject):
     tensors = leaves(subject.operation.inputs(size, torch.float32))
 
     def function(*x: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(subject.device, dtype=torch.bfloat16):
             return subject.run(x, size, dropout_p=0.2, proj_dropout_p=0.1, return_attention=True)
 
     torch._dynamo.reset()
@@ -305,7 +305,7 @@ def test_traces_to_plain_operators(operation):
         assert relative_error(mine, other) < 1e-5
 
 
-@subjects(lambda subject: not subject.native)
+@subjects(lambda subject: subject.exact == torch.float64)
 def test_meta_tensors_get_the_shapes(subject):
     tensors = subject.operation.inputs(DEFAULT, torch.float32)
     got = subject.run([x.to("meta") for x in tensors], DEFAULT, return_attention=True)
@@ -329,9 +329,10 @@ def operator_calls(operation: object, requires_grad: bool, layout: Callable[[Ten
             return torch.rand(2, 1, width).to(dtype).requires_grad_(requires_grad) if wanted else None
 
         if operation.name == "cross_attention":
-            arguments = (*tensors[:2], tensors[2:], scale(48), seed, 4, 1e-6, rate, random)
+            arguments = (*tensors[:2], tensors[2:], scale(48), seed, 4, 1e-6, rate, random, "cpu")
         else:
-            arguments = (*tensors[:2], tensors[2:], scale(24), scale(48), seed, [3, 4], 1e-6, rate, random)
+            scales = (scale(24), scale(48))
+            arguments = (*tensors[:2], tensors[2:], *scales, seed, [3, 4], 1e-6, rate, random, "cpu")
         calls.append((getattr(torch.ops.crossvit_kernels, operation.name).default, arguments))
     return calls
 
@@ -359,19 +360,20 @@ def test_opcheck_of_backward(operation):
         outputs = operator(*arguments)
         module = sys.modules[f"crossvit_kernels.{operation.name}.op"]
         if operation.name == "cross_attention":
-            cls, patches, given, scale, seed, *options, random = arguments
+            cls, patches, given, scale, seed, *options, random, backend = arguments
             y, attention, saved = outputs
             grads = torch.randn_like(y), torch.randn_like(attention) if random else None
-            rest = (attention, saved, *options, [tokens, scales and scale is not None, weights])
+            rest = (attention, saved, *options, backend, [tokens, scales and scale is not None, weights])
             call = (*grads, cls, patches, given, scale, seed, *rest)
         else:
-            s, l, given, scale_s, scale_l, seed, *options, random = arguments  # noqa: E741
+            s, l, given, scale_s, scale_l, seed, *options, random, backend = arguments  # noqa: E741
             grads = [torch.randn_like(x) for x in outputs[:2]]
             attentions = [torch.randn_like(x) if random else None for x in outputs[2:4]]
             rest = (
                 list(outputs[2:4]),
                 list(outputs[4:]),
                 *options,
+                backend,
                 [tokens, scales and scale_s is not None, weights],
             )
             call = (grads, attentions, s, l, given, scale_s, scale_l, seed, *rest)
@@ -466,4 +468,6 @@ def test_operators_check_what_would_be_read_wrongly():
     tensors = OPERATIONS[0].inputs(DEFAULT, torch.float32)
     weights = [*tensors[2:6], tensors[6].bfloat16(), *tensors[7:]]
     with pytest.raises(TypeError, match="the matrices must share one dtype"):
-        torch.ops.crossvit_kernels.cross_attention(*tensors[:2], weights, None, None, 4, 1e-6, 0.0, False)
+        torch.ops.crossvit_kernels.cross_attention(
+            *tensors[:2], weights, None, None, 4, 1e-6, 0.0, False, "cpu"
+        )

@@ -8,7 +8,7 @@ import torch
 from crossvit_kernels import backends, cross_attention
 from tests.operations import NAMES, operands, oracle, relative_error
 
-both = pytest.mark.parametrize("backend", backends())
+both = pytest.mark.parametrize("backend", [name for name in backends() if name != "triton"])
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 

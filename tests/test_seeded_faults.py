@@ -14,12 +14,15 @@ import pytest
 from tests.contract import needs_module
 from tests.native_builds import build, copy_project, run_tests
 from tests.seeded_faults import FAULTS, Fault
+from tests.triton_faults import TRITON_FAULTS
 
 SAMPLE = 3
+TRITON_SAMPLE = 2
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 WRONG_RESULTS = [fault for fault in FAULTS if not fault.memory]
 # What is run against a fault: the contract of one instruction set.
 CONTRACT = ["tests/test_contract.py", "-k", "cpu-baseline"]
+TRITON = ["tests/test_triton.py", "-k", "every_kernel or everything or more_than_one or 16_bits"]
 
 
 def catches(fault: Fault | None, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
@@ -53,3 +56,23 @@ def test_a_fault_is_caught(index, tmp_path, monkeypatch):
 def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
     caught, _ = catches(fault, tmp_path, monkeypatch)
     assert caught, f"no test noticed that {fault.what}"
+
+
+def tests_of_triton_catch(fault: Fault, root: Path) -> bool:
+    copy_project(root, fault)
+    done = run_tests(root, TRITON)
+    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    return done.returncode == 1
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("index", range(TRITON_SAMPLE))
+def test_a_fault_of_the_triton_kernels_is_caught(index, tmp_path):
+    fault = random.Random(SEED).sample(TRITON_FAULTS, TRITON_SAMPLE)[index]
+    assert tests_of_triton_catch(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", TRITON_FAULTS, ids=lambda fault: fault.what)
+def test_every_fault_of_the_triton_kernels_is_caught(fault, tmp_path):
+    assert tests_of_triton_catch(fault, tmp_path), f"no test noticed that {fault.what}"

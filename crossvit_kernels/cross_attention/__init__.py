@@ -5,6 +5,8 @@ Shapes throughout: B images, P patches, N = 1 + P tokens, C channels, H heads, d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -30,8 +32,9 @@ from .operands import Operands
 __all__ = ["cross_attention"]
 
 # Best first: the order in which "auto" tries them.
-IMPLEMENTATIONS = {
-    "cpu": op.cross_attention,
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "triton": partial(op.cross_attention, backend="triton"),
+    "cpu": partial(op.cross_attention, backend="cpu"),
     "torch": absorbed.cross_attention,
     "reference": reference.cross_attention,
 }
@@ -162,7 +165,8 @@ def cross_attention(
         dtype = matrix_dtype(patches, wq, autocast)
         wq, wk, wv, wo = (w.to(dtype) for w in (wq, wk, wv, wo))
         bq, bk, bv, bo = (None if b is None else b.to(dtype) for b in (bq, bk, bv, bo))
-    call = Call(device, patches.dtype, wq.dtype, plain_operators_only())
+    sizes = ((patches.shape[2],), (num_heads,))
+    call = Call(device, patches.dtype, wq.dtype, *sizes, plain_operators_only())
     compute = choose("cross_attention", backend, call, IMPLEMENTATIONS)
 
     # Everything random is drawn here, in this order, so that a backend is a function of its arguments.

@@ -1,23 +1,41 @@
-"""The native cross-attention as an operator of torch: schema, shapes, gradients."""
+"""The cross-attention of the compiled backends as an operator of torch: schema, shapes, gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import validation
 from ..library import any_requires_grad, define, differentiate_by
 from ..modes import without_autocast
-from . import absorbed
-from .native import Direction, ForwardOutputs, Gradients, backward, forward
+from . import absorbed, native
+from .directions import Direction, ForwardOutputs, Gradients
 from .operands import Operands, Weights
 
 
-def cross_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+def engine(backend: str) -> ModuleType:
+    """The module that computes for a backend: `saved_floats`, `forward`, `backward`.
+
+    The operators' backend "auto" is Triton's where `validation.trusted` says so, else PyTorch's operators.
+    """
+    if backend == "cpu":
+        return native
+    from . import triton_launch
+
+    return triton_launch
+
+
+def cross_attention(operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """y and, if asked for, the attention, as `reference.cross_attention` defines them."""
     o = operands
-    args = (o.cls, o.patches, o.residual_scale, o.seed, o.num_heads, o.eps, o.dropout_p, o.return_attention)
+    args = (
+        *(o.cls, o.patches, o.residual_scale, o.seed),
+        *(o.num_heads, o.eps, o.dropout_p, o.return_attention, backend),
+    )
     if torch.is_grad_enabled() and any_requires_grad((*args, *o.weights)):
         y, attention, _ = CrossAttention.apply(*args, *o.weights)
     else:
@@ -35,14 +53,30 @@ def _forward(
     eps: float,
     dropout_p: float,
     return_attention: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     direction = Direction(cls, patches, tuple(weights), num_heads, residual_scale, seed)
     batch, count, width = patches.shape
-    y = torch.empty((batch, 1, width), dtype=patches.dtype)
-    attention = torch.empty((batch, num_heads, 1 + count) if return_attention else 0, dtype=torch.float32)
-    outputs = ForwardOutputs(y, None, attention if return_attention else None, direction.saved())
-    forward([(direction, outputs)], eps, dropout_p)
+    saved = empty_saved(patches, num_heads, backend)
+    if backend == "auto" and not _trusted(patches, weights, num_heads, backward=False):
+        operands = Operands(
+            cls, patches, tuple(weights), num_heads, eps, dropout_p, seed, 0, residual_scale, return_attention
+        )
+        with torch.no_grad():
+            y, attention = absorbed.cross_attention(operands)
+        return y, attention if return_attention else patches.new_empty(0, dtype=torch.float32), saved
+    y = patches.new_empty((batch, 1, width))
+    shape = (batch, num_heads, 1 + count) if return_attention else (0,)
+    attention = patches.new_empty(shape, dtype=torch.float32)
+    outputs = ForwardOutputs(y, None, attention if return_attention else None, saved)
+    engine(backend).forward([(direction, outputs)], eps, dropout_p)
     return y, attention, outputs.saved
+
+
+def _trusted(patches: Tensor, weights: list[Tensor | None], num_heads: int, backward: bool) -> bool:
+    assert weights[2] is not None
+    what = ("cross_attention", patches.device, (patches.shape[2],), (num_heads,), patches.dtype)
+    return validation.trusted(*what, weights[2].dtype, backward)
 
 
 def _forward_fake(
@@ -55,21 +89,21 @@ def _forward_fake(
     eps: float,
     dropout_p: float,
     return_attention: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, width = patches.shape
     shape = (batch, num_heads, 1 + count) if return_attention else (0,)
     return (
         patches.new_empty((batch, 1, width)),
         patches.new_empty(shape, dtype=torch.float32),
-        saved_fake(patches, num_heads),
+        empty_saved(patches, num_heads, backend),
     )
 
 
-def saved_fake(patches: Tensor, num_heads: int) -> Tensor:
-    """The shape of what forward saves; see saved_floats in csrc/cross_attention/cross_attention.h."""
+def empty_saved(patches: Tensor, num_heads: int, backend: str) -> Tensor:
+    """Room for what forward leaves for backward, float32 [B, …]."""
     batch, _, width = patches.shape
-    floats = (4 + num_heads) * ((width + 15) // 16 * 16) + (2 * num_heads + 15) // 16 * 16
-    return patches.new_empty((batch, floats), dtype=torch.float32)
+    return patches.new_empty((batch, engine(backend).saved_floats(width, num_heads)), dtype=torch.float32)
 
 
 def _backward(
@@ -85,9 +119,22 @@ def _backward(
     num_heads: int,
     eps: float,
     dropout_p: float,
+    backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     to_patches, to_scale, to_weights = wanted
+    if backend == "auto" and not _trusted(patches, weights, num_heads, backward=True):
+        options = (num_heads, eps, dropout_p, grad_attention is not None)
+        with validation.as_outside_of_operators():
+            found = _differentiated(
+                cls, patches, residual_scale, weights, seed, options, grad_y, grad_attention
+            )
+        return (
+            found[0],
+            found[1] if to_patches else none_as_empty(None, cls),
+            none_as_empty(found[2].float() if to_scale else None, cls),
+            [none_as_empty(g if to_weights else None, cls) for g in found[3:]],
+        )
     gradients = Gradients(
         cls=grad_y,
         patches=None,
@@ -95,17 +142,39 @@ def _backward(
         saved=saved.contiguous(),
         to_cls=empty_as(cls),
         to_patches=empty_as(patches) if to_patches else None,
-        to_scale=torch.empty(cls.shape, dtype=torch.float32) if to_scale else None,
+        to_scale=cls.new_empty(cls.shape, dtype=torch.float32) if to_scale else None,
         to_weights=weight_gradients(tuple(weights), cls.shape[0]) if to_weights else None,
     )
     direction = Direction(cls, patches, tuple(weights), num_heads, residual_scale, seed)
-    backward([(direction, gradients)], eps, dropout_p)
+    engine(backend).backward([(direction, gradients)], eps, dropout_p)
     return (
-        none_as_empty(gradients.to_cls),
-        none_as_empty(gradients.to_patches),
-        none_as_empty(gradients.to_scale),
-        [none_as_empty(x) for x in gradients.to_weights or [None] * len(weights)],
+        none_as_empty(gradients.to_cls, cls),
+        none_as_empty(gradients.to_patches, cls),
+        none_as_empty(gradients.to_scale, cls),
+        [none_as_empty(x, cls) for x in gradients.to_weights or [None] * len(weights)],
     )
+
+
+def _differentiated(
+    cls: Tensor,
+    patches: Tensor,
+    scale: Tensor | None,
+    weights: Sequence[Tensor | None],
+    seed: Tensor | None,
+    options: tuple[int, float, float, bool],
+    grad_y: Tensor,
+    grad_attention: Tensor | None,
+) -> tuple[Any, ...]:
+    """Gradients of cls, patches, scale and weights by differentiating PyTorch's operators; differentiable."""
+    num_heads, eps, dropout_p, return_attention = options
+
+    def compute(cls: Tensor, patches: Tensor, scale: Tensor | None, *weights: Tensor | None) -> tuple:
+        operands = Operands(
+            cls, patches, weights, num_heads, eps, dropout_p, seed, 0, scale, return_attention
+        )
+        return absorbed.cross_attention(operands)
+
+    return vjp(compute, (cls, patches, scale, *weights), (grad_y, grad_attention))
 
 
 def _backward_fake(
@@ -121,6 +190,7 @@ def _backward_fake(
     num_heads: int,
     eps: float,
     dropout_p: float,
+    backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     to_patches, to_scale, to_weights = wanted
@@ -154,9 +224,9 @@ def fake_weight_gradients(weights: list[Tensor | None], wanted: bool) -> list[Te
     return [fake_absent(some) if w is None or not wanted else w.new_empty(w.shape) for w in weights]
 
 
-def none_as_empty(x: Tensor | None) -> Tensor:
+def none_as_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """Operators return tensors: an absent one has no elements."""
-    return torch.empty(0, dtype=torch.float32) if x is None else x
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
 
 
 def fake_absent(like: Tensor) -> Tensor:
@@ -166,14 +236,15 @@ def fake_absent(like: Tensor) -> Tensor:
 
 FORWARD = define(
     "cross_attention(Tensor cls, Tensor patches, Tensor?[] weights, Tensor? residual_scale, Tensor? seed, "
-    "int num_heads, float eps, float dropout_p, bool return_attention) -> (Tensor, Tensor, Tensor)",
+    "int num_heads, float eps, float dropout_p, bool return_attention, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 BACKWARD = define(
     "cross_attention_backward(Tensor grad_y, Tensor? grad_attention, Tensor cls, Tensor patches, "
     "Tensor?[] weights, Tensor? residual_scale, Tensor? seed, Tensor attention, Tensor saved, int num_heads, "
-    "float eps, float dropout_p, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "float eps, float dropout_p, str backend, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor[])",
     _backward,
     _backward_fake,
 )
@@ -189,14 +260,14 @@ class CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # Takes cls, patches, residual_scale, seed, num_heads, eps, dropout_p, return_attention, then the
-        # weights. Not by name: PyTorch builds and binds the signature at every call, microseconds a name.
-        return FORWARD(args[0], args[1], args[8:], *args[2:8])
+        # Takes cls, patches, residual_scale, seed, num_heads, eps, dropout_p, return_attention, backend, then
+        # the weights. Not by name: PyTorch builds and binds the signature at every call, microseconds a name.
+        return FORWARD(args[0], args[1], args[9:], *args[2:9])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         cls, patches, residual_scale, seed, *options = inputs
-        ctx.options, weights = options[:4], options[4:]
+        ctx.options, weights = options[:5], options[5:]
         _, attention, saved = output
         return_attention = options[3]
         ctx.mark_non_differentiable(*([saved] if return_attention else [attention, saved]))
@@ -205,24 +276,18 @@ class CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_attention: Tensor | None, _: Any) -> tuple:
-        num_heads, eps, dropout_p, return_attention = ctx.options
+        num_heads, eps, dropout_p, return_attention, backend = ctx.options
         needs = ctx.needs_input_grad
         cls, patches, scale, seed, attention, saved, *weights = ctx.saved_tensors  # read once: checkpointing
         grad_y = torch.zeros_like(cls) if grad_y is None else grad_y
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-
-            def compute(cls: Tensor, patches: Tensor, scale: Tensor | None, *weights: Tensor | None) -> tuple:
-                operands = Operands(
-                    cls, patches, weights, num_heads, eps, dropout_p, seed, 0, scale, return_attention
-                )
-                return absorbed.cross_attention(operands)
-
-            results = vjp(compute, (cls, patches, scale, *weights), (grad_y, grad_attention))
+            options = (num_heads, eps, dropout_p, return_attention)
+            results = _differentiated(cls, patches, scale, weights, seed, options, grad_y, grad_attention)
         else:
-            wanted = (needs[1], needs[2], any(needs[8:]))
+            wanted = (needs[1], needs[2], any(needs[9:]))
             to_cls, to_patches, to_scale, to_weights = BACKWARD(
                 grad_y, grad_attention, cls, patches, weights, scale, seed, attention, saved, num_heads, eps,
-                dropout_p, wanted,
+                dropout_p, backend, wanted,
             )  # fmt: skip
             results = (
                 to_cls,
@@ -230,7 +295,7 @@ class CrossAttention(torch.autograd.Function):
                 to_scale if scale is None else to_scale.to(scale.dtype),
                 *to_weights,
             )
-        results = (*results[:3], *(None,) * 5, *results[3:])
+        results = (*results[:3], *(None,) * 6, *results[3:])
         return tuple(g if n else None for g, n in zip(results, needs, strict=True))
 
 

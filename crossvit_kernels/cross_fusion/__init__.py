@@ -5,7 +5,9 @@ Shapes: B images; branch S has P_S patches of C_S channels, branch L has P_L of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -35,8 +37,9 @@ from .reference import fusion_with
 __all__ = ["FusionWeights", "cross_fusion"]
 
 # Best first: the order in which "auto" tries them.
-IMPLEMENTATIONS = {
-    "cpu": op.cross_fusion,
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "triton": partial(op.cross_fusion, backend="triton"),
+    "cpu": partial(op.cross_fusion, backend="cpu"),
     "torch": fusion_with(absorbed.cross_attention),
     "reference": fusion_with(attention_reference.cross_attention),
 }
@@ -179,7 +182,8 @@ def cross_fusion(
             }
             for weights in named
         ]
-    call = Call(device, tokens_s.dtype, dtype, plain_operators_only())
+    sizes = ((tokens_l.shape[2], tokens_s.shape[2]), tuple(num_heads))
+    call = Call(device, tokens_s.dtype, dtype, *sizes, plain_operators_only())
     compute = choose("cross_fusion", backend, call, IMPLEMENTATIONS)
 
     # Everything random is drawn here, in this order, so that a backend is a function of its arguments.

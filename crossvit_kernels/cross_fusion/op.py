@@ -1,20 +1,23 @@
-"""The native fusion as an operator of torch: schema, shapes, gradients."""
+"""The fusion of the compiled backends as an operator of torch: schema, shapes, gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import validation
 from ..cross_attention import absorbed
-from ..cross_attention.native import Direction, ForwardOutputs, Gradients, backward, forward
+from ..cross_attention.directions import Direction, ForwardOutputs, Gradients
 from ..cross_attention.op import (
     empty_as,
+    empty_saved,
+    engine,
     fake_absent,
     fake_weight_gradients,
     none_as_empty,
-    saved_fake,
     vjp,
     weight_gradients,
 )
@@ -25,11 +28,11 @@ from .reference import fusion_with
 WEIGHTS = 18  # tensors of a direction
 
 
-def cross_fusion(operands: Operands) -> tuple[Tensor, ...]:
+def cross_fusion(operands: Operands, backend: str) -> tuple[Tensor, ...]:
     """The new tokens and, if asked for, the attention of both directions."""
     o = operands
     tokens, weights = (o.tokens_s, o.tokens_l), (*o.weights_s, *o.weights_l)
-    options = (*o.residual_scales, o.seed, o.num_heads, o.eps, o.dropout_p, o.return_attention)
+    options = (*o.residual_scales, o.seed, o.num_heads, o.eps, o.dropout_p, o.return_attention, backend)
     if torch.is_grad_enabled() and any_requires_grad((*tokens, *weights, *o.residual_scales)):
         return CrossFusion.apply(*tokens, *options, *weights)[:4]
     return FORWARD(*tokens, weights, *options)[:4]
@@ -62,20 +65,74 @@ def _forward(
     eps: float,
     dropout_p: float,
     return_attention: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     tokens = (tokens_s, tokens_l)
+    if backend == "auto" and not _trusted(tokens, weights, num_heads, backward=False):
+        operands = _operands(
+            tokens, weights, (scale_s, scale_l), seed, num_heads, eps, dropout_p, return_attention
+        )
+        with torch.no_grad():
+            results = fusion_with(absorbed.cross_attention)(operands)
+        absent = [x if return_attention else tokens_s.new_empty(0, dtype=torch.float32) for x in results[2:]]
+        kept = [empty_saved(x, h, backend) for x, h in zip(reversed(tokens), num_heads, strict=True)]
+        return (*results[:2], *absent, *kept)
     directions = _directions(tokens_s, tokens_l, weights, scale_s, scale_l, seed, num_heads)
     new = [empty_as(x) for x in tokens]
     attentions = [
-        torch.empty((x.shape[0], heads, x.shape[1]) if return_attention else 0, dtype=torch.float32)
+        x.new_empty((x.shape[0], heads, x.shape[1]) if return_attention else (0,), dtype=torch.float32)
         for x, heads in zip(reversed(tokens), num_heads, strict=True)
     ]
+    kept = [empty_saved(d.patches, d.num_heads, backend) for d in directions]
     outputs = [
-        ForwardOutputs(own[:, :1], other[:, 1:], a if return_attention else None, direction.saved())
-        for own, other, a, direction in zip(new, reversed(new), attentions, directions, strict=True)
+        ForwardOutputs(own[:, :1], other[:, 1:], a if return_attention else None, saved)
+        for own, other, a, saved in zip(new, reversed(new), attentions, kept, strict=True)
     ]
-    forward(list(zip(directions, outputs, strict=True)), eps, dropout_p)
-    return (*new, *attentions, *(o.saved for o in outputs))
+    engine(backend).forward(list(zip(directions, outputs, strict=True)), eps, dropout_p)
+    return (*new, *attentions, *kept)
+
+
+def _trusted(
+    tokens: Sequence[Tensor], weights: list[Tensor | None], num_heads: Sequence[int], backward: bool
+) -> bool:
+    wq, (tokens_s, tokens_l) = weights[6], tokens
+    assert wq is not None
+    widths = (tokens_s.shape[2], tokens_l.shape[2])
+    what = ("cross_fusion", tokens_s.device, widths, tuple(num_heads), tokens_s.dtype)
+    return validation.trusted(*what, wq.dtype, backward)
+
+
+def _operands(
+    tokens: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    seed: Tensor | None,
+    num_heads: Sequence[int],
+    *options: Any,
+) -> Operands:
+    eps, dropout_p, return_attention = options
+    return Operands(
+        tokens[0], tokens[1], tuple(weights[:WEIGHTS]), tuple(weights[WEIGHTS:]),
+        (num_heads[0], num_heads[1]), eps, dropout_p, seed, (scales[0], scales[1]), return_attention,
+    )  # fmt: skip
+
+
+def _differentiated(
+    tokens: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    seed: Tensor | None,
+    num_heads: Sequence[int],
+    options: tuple[float, float, bool],
+    incoming: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """Gradients of tokens, scales and weights by differentiating PyTorch's operators; differentiable."""
+
+    def compute(tokens_s: Tensor, tokens_l: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        operands = _operands((tokens_s, tokens_l), others[2:], others[:2], seed, num_heads, *options)
+        return fusion_with(absorbed.cross_attention)(operands)
+
+    return vjp(compute, (*tokens, *scales, *weights), tuple(incoming))
 
 
 def _forward_fake(
@@ -89,6 +146,7 @@ def _forward_fake(
     eps: float,
     dropout_p: float,
     return_attention: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     def attention(other: Tensor, heads: int) -> Tensor:
         shape = (other.shape[0], heads, other.shape[1]) if return_attention else (0,)
@@ -99,8 +157,8 @@ def _forward_fake(
         tokens_l.new_empty(tokens_l.shape),
         attention(tokens_l, num_heads[0]),
         attention(tokens_s, num_heads[1]),
-        saved_fake(tokens_l, num_heads[0]),
-        saved_fake(tokens_s, num_heads[1]),
+        empty_saved(tokens_l, num_heads[0], backend),
+        empty_saved(tokens_s, num_heads[1], backend),
     )
 
 
@@ -118,10 +176,26 @@ def _backward(
     num_heads: list[int],
     eps: float,
     dropout_p: float,
+    backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     to_tokens, to_scales, to_weights = wanted
     batch = tokens_s.shape[0]
+    if backend == "auto" and not _trusted((tokens_s, tokens_l), weights, num_heads, backward=True):
+        options = (eps, dropout_p, any(g is not None for g in grad_attentions))
+        with validation.as_outside_of_operators():
+            found = _differentiated(
+                (tokens_s, tokens_l), weights, (scale_s, scale_l), seed, num_heads, options,
+                (*grads, *grad_attentions),
+            )  # fmt: skip
+        to_scale = [None if g is None or not to_scales else g.float() for g in found[2:4]]
+        return (
+            none_as_empty(found[0] if to_tokens else None, tokens_s),
+            none_as_empty(found[1] if to_tokens else None, tokens_s),
+            none_as_empty(to_scale[0], tokens_s),
+            none_as_empty(to_scale[1], tokens_s),
+            [none_as_empty(g if to_weights else None, tokens_s) for g in found[4:]],
+        )
     directions = _directions(tokens_s, tokens_l, weights, scale_s, scale_l, seed, num_heads)
     new = [empty_as(x) if to_tokens else None for x in (tokens_s, tokens_l)]
     gradients = []
@@ -139,18 +213,18 @@ def _backward(
                 saved=saved[stream].contiguous(),
                 to_cls=None if own is None else own[:, :1],
                 to_patches=None if other is None else other[:, 1:],
-                to_scale=None if scale is None else torch.empty(scale.shape, dtype=torch.float32),
+                to_scale=None if scale is None else scale.new_empty(scale.shape, dtype=torch.float32),
                 to_weights=weight_gradients(direction.weights, batch) if to_weights else None,
             )
         )
-    backward(list(zip(directions, gradients, strict=True)), eps, dropout_p)
+    engine(backend).backward(list(zip(directions, gradients, strict=True)), eps, dropout_p)
     of_s, of_l = gradients
     return (
-        none_as_empty(new[0]),
-        none_as_empty(new[1]),
-        none_as_empty(of_s.to_scale),
-        none_as_empty(of_l.to_scale),
-        [none_as_empty(x) for g in gradients for x in g.to_weights or [None] * WEIGHTS],
+        none_as_empty(new[0], tokens_s),
+        none_as_empty(new[1], tokens_s),
+        none_as_empty(of_s.to_scale, tokens_s),
+        none_as_empty(of_l.to_scale, tokens_s),
+        [none_as_empty(x, tokens_s) for g in gradients for x in g.to_weights or [None] * WEIGHTS],
     )
 
 
@@ -168,6 +242,7 @@ def _backward_fake(
     num_heads: list[int],
     eps: float,
     dropout_p: float,
+    backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     to_tokens, to_scales, to_weights = wanted
@@ -188,7 +263,7 @@ def _backward_fake(
 
 FORWARD = define(
     "cross_fusion(Tensor tokens_s, Tensor tokens_l, Tensor?[] weights, Tensor? scale_s, Tensor? scale_l, "
-    "Tensor? seed, int[] num_heads, float eps, float dropout_p, bool return_attention) "
+    "Tensor? seed, int[] num_heads, float eps, float dropout_p, bool return_attention, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -196,7 +271,7 @@ FORWARD = define(
 BACKWARD = define(
     "cross_fusion_backward(Tensor[] grads, Tensor?[] grad_attentions, Tensor tokens_s, Tensor tokens_l, "
     "Tensor?[] weights, Tensor? scale_s, Tensor? scale_l, Tensor? seed, Tensor[] attentions, Tensor[] saved, "
-    "int[] num_heads, float eps, float dropout_p, bool[] wanted) "
+    "int[] num_heads, float eps, float dropout_p, str backend, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _backward,
     _backward_fake,
@@ -213,14 +288,14 @@ class CrossFusion(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        # Takes tokens_s, tokens_l, scale_s, scale_l, seed, num_heads, eps, dropout_p, return_attention, then
-        # the weights; not by name, see CrossAttention.
-        return FORWARD(args[0], args[1], args[9:], *args[2:9])
+        # Takes tokens_s, tokens_l, scale_s, scale_l, seed, num_heads, eps, dropout_p, return_attention,
+        # backend, then the weights; not by name, see CrossAttention.
+        return FORWARD(args[0], args[1], args[10:], *args[2:10])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         tokens_s, tokens_l, scale_s, scale_l, seed, *options = inputs
-        ctx.options, weights = options[:4], options[4:]
+        ctx.options, weights = options[:5], options[5:]
         attentions, saved = output[2:4], output[4:]
         return_attention = ctx.options[3]
         ctx.mark_non_differentiable(*(saved if return_attention else (*attentions, *saved)))
@@ -229,34 +304,26 @@ class CrossFusion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        num_heads, eps, dropout_p, return_attention = ctx.options
+        num_heads, eps, dropout_p, return_attention, backend = ctx.options
         stored = ctx.saved_tensors  # read once: checkpointing recomputes at each reading
         tokens, scales, seed = stored[:2], stored[2:4], stored[4]
         attentions, saved, weights = stored[5:7], stored[7:9], stored[9:]
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-
-            def compute(tokens_s: Tensor, tokens_l: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-                split = 2 + WEIGHTS
-                operands = Operands(
-                    tokens_s, tokens_l, others[2:split], others[split:], num_heads, eps, dropout_p, seed,
-                    (others[0], others[1]), return_attention,
-                )  # fmt: skip
-                return fusion_with(absorbed.cross_attention)(operands)
-
-            found = vjp(compute, (*tokens, *scales, *weights), incoming[:4])
+            options = (eps, dropout_p, return_attention)
+            found = _differentiated(tokens, weights, scales, seed, num_heads, options, incoming[:4])
         else:
             grads = [
                 torch.zeros_like(x) if g is None else g for x, g in zip(tokens, incoming[:2], strict=True)
             ]
-            wanted = (needs[0] or needs[1], needs[2] or needs[3], any(needs[9:]))
+            wanted = (needs[0] or needs[1], needs[2] or needs[3], any(needs[10:]))
             *some, to_weights = BACKWARD(
                 grads, incoming[2:4], *tokens, weights, *scales, seed, attentions, saved, num_heads, eps,
-                dropout_p, wanted,
+                dropout_p, backend, wanted,
             )  # fmt: skip
             to_scales = [g if x is None else g.to(x.dtype) for g, x in zip(some[2:], scales, strict=True)]
             found = (*some[:2], *to_scales, *to_weights)
-        results = (*found[:4], *(None,) * 5, *found[4:])
+        results = (*found[:4], *(None,) * 6, *found[4:])
         return tuple(g if n else None for g, n in zip(results, needs, strict=True))
 
 

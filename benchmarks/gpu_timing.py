@@ -1,0 +1,82 @@
+"""Time on a GPU: captured graphs, replayed with a cold L2 cache between two events, rivals in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+
+_WARM_CALLS = 3
+_WARM_ROUNDS = 3  # an idle GPU clocks up first
+_CACHES = 4  # times the L2 cache that is read to empty it
+_LEAST_BYTES = 512 << 20  # takes long enough to read for the launch that follows to be waiting for the GPU
+
+
+def capture(function: Callable[[], object]) -> Callable[[], None]:
+    """The replay of a CUDA graph of `function`, which is called a few times before.
+
+    What it returns is not kept: the memory is the graph's, and overwritten by each replay.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_CALLS):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+class ColdCache:
+    """Empties the L2 cache: writes a buffer of several times its size, then reads it.
+
+    The reading matters: lines that are only written would be stored to memory while the next kernel is timed.
+    """
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._buffer = torch.empty(max(_CACHES * size, _LEAST_BYTES) // 4, dtype=torch.float32, device="cuda")
+
+    def __call__(self) -> None:
+        self._buffer.fill_(1.0)
+        self._buffer.sum()
+
+
+def seconds(replay: Callable[[], object], prepare: Callable[[], object]) -> float:
+    """Seconds on the GPU of one call after `prepare`; the latency of a graph's launch is in it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    prepare()
+    start.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_turn(
+    rivals: Mapping[str, Callable[[], object]],
+    rounds: int,
+    sample: Callable[[Callable[[], object]], float],
+) -> dict[str, list[float]]:
+    """`rounds` samples of each rival, taken in turn and in alternating order."""
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    for index in range(-_WARM_ROUNDS, rounds):
+        for name in list(rivals) if index % 2 == 0 else reversed(list(rivals)):
+            value = sample(rivals[name])
+            if index >= 0:
+                samples[name].append(value)
+    return samples
+
+
+def copy_bandwidth(rounds: int = 15) -> float:
+    """Bytes read and written a second by a large copy from device to device, the median."""
+    size = min(2 << 30, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 8)
+    source = torch.rand(size // 4, device="cuda")
+    target = torch.empty_like(source)
+    replay = capture(lambda: target.copy_(source))
+    cold = ColdCache()
+    samples = in_turn({"copy": replay}, rounds, lambda call: seconds(call, cold))["copy"]
+    return 2 * source.nbytes / statistics.median(samples)

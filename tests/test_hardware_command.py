@@ -1,0 +1,331 @@
+"""The hardware command, as far as it needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu_cases, gpu_timing, hardware
+from benchmarks.gpu_cases import CASES, TARGETS, Case, Subject
+from tests.operations import OPERATIONS, Size, leaves
+
+SMALL = Size(2, 6, 24, 3, 5, 16, 2)
+TABLE = """# Ledger
+
+| kernel | GPU | date | commit | result |
+|---|---|---|---|---|
+| one | - | - | - | not run |
+| two | A | 2026-01-01 | aaa | passed |
+
+The end.
+"""
+GPU = {"gpu": "Some GPU 3000", "memory": 1}
+
+
+def small(operation, mode: str = "forward + backward", dtype: str = "fp32", alone: bool = False) -> Case:
+    return Case(Subject(operation.name, operation, SMALL, alone), mode, 3, dtype)
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch) -> hardware.Report:
+    """Writes into a folder of the test's own."""
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    monkeypatch.setattr(hardware, "LEDGER", tmp_path / "hardware.md")
+    monkeypatch.setattr(hardware, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(hardware, "machine", lambda: GPU)
+    hardware.LEDGER.write_text(TABLE)
+    return hardware.Report(hardware.Budget(100), "abc")
+
+
+# The ledger and the results
+
+
+def test_a_row_takes_the_place_of_not_run_and_of_itself():
+    once = hardware.with_row(TABLE, "one", "A", "2026-02-02", "bbb", "passed")
+    assert once == TABLE.replace("| one | - | - | - | not run |", "| one | A | 2026-02-02 | bbb | passed |")
+    assert hardware.with_row(once, "one", "A", "2026-02-02", "bbb", "passed") == once
+    later = hardware.with_row(once, "one", "A", "2026-03-03", "ccc", "FAILED")
+    assert later == once.replace("| 2026-02-02 | bbb | passed |", "| 2026-03-03 | ccc | FAILED |")
+
+
+def test_rows_of_other_gpus_and_new_rows():
+    another = hardware.with_row(TABLE, "two", "B", "2026-02-02", "bbb", "passed")
+    assert another.replace("| two | B | 2026-02-02 | bbb | passed |\n", "") == TABLE
+    assert another.index("| two | A") < another.index("| two | B")
+    new = hardware.with_row(TABLE, "three", "B", "2026-02-02", "bbb", "passed")
+    assert new.replace("| three | B | 2026-02-02 | bbb | passed |\n", "") == TABLE
+    assert new.index("| two |") < new.index("| three |") < new.index("The end.")
+
+
+def test_the_ledger_has_every_row():
+    rows = [
+        line.split("|")[1].strip() for line in hardware.LEDGER.read_text().splitlines() if line[:1] == "|"
+    ]
+    assert [row for row in hardware.rows() if row not in rows] == []
+
+
+def test_results_are_kept_until_there_are_new_ones(report):
+    report.keep("one", {"value": 1}, "passed")
+    report.keep("two", {"value": 2}, "passed")
+    later = hardware.Results(report.results.path, "a later run", {"gpu": "Some GPU 3000", "memory": 2})
+    later.add("two", {"value": 3})
+    data = json.loads(later.path.read_text())
+    assert (data["entries"]["one"]["value"], data["entries"]["two"]["value"]) == (1, 3)
+    assert [facts["memory"] for facts in data["runs"].values()] == [1, 2]
+    later.add("one", {"value": 4})
+    assert list(json.loads(later.path.read_text())["runs"]) == ["a later run"]
+    assert "| one | Some GPU 3000 |" in hardware.LEDGER.read_text()
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    hardware.write(path, "old")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hardware.write(path, "new")
+    assert path.read_text() == "old"
+    hardware.write(path, "new")
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+# Time
+
+
+def test_the_budget():
+    now = [100.0]
+    budget = hardware.Budget(60, lambda: now[0])
+    assert budget.grant(20) == 20
+    assert budget.grant(50, keep=30) == 30
+    now[0] += 40
+    assert budget.spent == 40
+    assert budget.grant(50) == 20
+    assert budget.grant(50, keep=16) == 0
+    now[0] += 100
+    assert budget.grant(50) == 0
+
+
+def test_a_command_is_interrupted_at_its_limit():
+    code = (
+        "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('end')"
+    )
+    began = time.monotonic()
+    outcome = hardware.run([sys.executable, "-c", code], 2)
+    assert outcome.lines == ["begun", "end"]
+    assert outcome.stopped
+    assert time.monotonic() - began < 8
+    done = hardware.run(
+        [sys.executable, "-c", "import os; print(os.environ['X'])"], 60, environment={"X": "y"}
+    )
+    assert (done.code, done.stopped, done.lines) == (0, False, ["y"])
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "line", "want"),
+    [
+        (0, False, "3 passed, 1 skipped in 2.50s", "passed after 7 s: 3 passed, 1 skipped"),
+        (0, False, "= 12 passed in 75.10s (0:01:15) =", "passed after 7 s: 12 passed"),
+        (1, False, "= 1 failed, 3 passed in 2.50s =", "FAILED after 7 s: 1 failed, 3 passed"),
+        (1, False, "1 error in 2.50s", "FAILED after 7 s: 1 error"),
+        (0, False, "36 skipped in 2.01s", "not run: 36 skipped"),
+        (5, False, "8 deselected in 2.01s", "not run: there are no such tests"),
+        (2, True, "8 passed in 2.01s", "stopped after 7 s: 8 passed"),
+        (-9, True, "..F.s.  [ 12%]", "stopped after 7 s: 1 failed, 4 passed"),
+        (-9, True, "", "stopped after 7 s"),
+        (0, False, "", "passed after 7 s"),
+    ],
+)
+def test_verdicts(code, stopped, line, want):
+    assert hardware.verdict(hardware.Outcome(code, 7.4, stopped, ["bringing up nodes...", line])) == want
+
+
+def test_lines_of_the_check_become_rows():
+    lines = [
+        "  ok   cross_attention, triton on cuda: forward and gradients 1.0e-06 relative",
+        "  FAIL cross_fusion, torch on cuda: forward and gradients 1.0e-01 relative",
+        "  ok   cross_fusion, torch on cpu: forward and gradients 1.0e-06 relative",
+        "  ok   layer_norm_statistics, native CUDA: 1.0e-07 relative",
+    ]
+    found = dict(hardware.checks(lines))
+    assert found == {
+        "cross_attention, backend triton": "passed: forward and gradients 1.0e-06 relative",
+        "cross_fusion, backend torch": "FAILED: forward and gradients 1.0e-01 relative",
+        "layer_norm_statistics (CUDA C++)": "passed: 1.0e-07 relative",
+    }
+    assert set(found) <= set(hardware.rows())
+
+
+# The command
+
+
+def test_without_a_gpu_nothing_is_run(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "write", None)
+    for arguments in ([], ["--part", "measure"]):
+        assert hardware.main(arguments) == 2
+        assert capsys.readouterr().out.count("No GPU was found") == 1
+
+
+def test_steps_that_pass_fail_and_cannot_run(report, monkeypatch, capsys):
+    def step(row: str, code: str, *needs: str) -> hardware.Step:
+        return hardware.Step(row, (sys.executable, "-c", code), 30, needs)
+
+    steps = [step("one", "print('5 passed in 1.0s')"), step("two", "", "a_module_that_nobody_has")]
+    monkeypatch.setattr(hardware, "_steps", lambda: steps)
+    monkeypatch.setattr(hardware, "MEASURING", 10)
+    assert hardware.run_steps(report)
+    assert "| one | Some GPU 3000 |" in hardware.LEDGER.read_text()
+    assert "| two | A | 2026-01-01 | aaa | passed |" in hardware.LEDGER.read_text()
+    assert "two: not run: a_module_that_nobody_has not found" in capsys.readouterr().out
+    steps[:] = [step("one", "print('the reason'); raise SystemExit(3)")]
+    assert not hardware.run_steps(report)
+    assert json.loads(report.results.path.read_text())["entries"]["one"]["output"] == ["the reason"]
+    assert "FAILED" in hardware.LEDGER.read_text()
+    monkeypatch.setattr(hardware, "MEASURING", 1000)
+    assert hardware.run_steps(report)
+    assert "one: not run: no time left" in capsys.readouterr().out
+
+
+def test_measurements_are_written_as_they_come(report, monkeypatch, capsys):
+    interval = {"median": 3e-5, "low": 2e-5, "high": 4e-5}
+    ratio = {"median": 9.0, "low": 8.0, "high": 10.0}
+    fusion = [c.name for c in CASES if c.name.startswith("cross_fusion, ") and c.name.endswith("B=256, bf16")]
+    entries = [
+        {"name": "copy from device to device", "bytes_per_second": 4e12},
+        {
+            "name": fusion[0],
+            "seconds": interval,
+            "of_floor": 1.5,
+            "error": 1e-3,
+            "rivals": {"eager": {"seconds": interval, "ratio": ratio}, "SDPA": {"failed": "no memory"}},
+        },
+        {"name": fusion[1], "rivals": {}, "error": 0.5},
+    ]
+    lines = ["a warning", *map(json.dumps, entries)]
+
+    def run(_: object, __: float, on_line) -> hardware.Outcome:
+        for line in lines:
+            on_line(line)
+        assert fusion[1] in json.loads(report.results.path.read_text())["entries"]
+        return hardware.Outcome(0, 1.0, False, lines)
+
+    monkeypatch.setattr(hardware, "run", run)
+    assert not hardware.run_measurements(report)
+    text = hardware.LEDGER.read_text()
+    assert "30.0 us (20.0-40.0), 1.50 times its bytes' time; times as long as ours: eager 9.0 |" in text
+    assert "WRONG: relative error 5.0e-01" in text
+    said = capsys.readouterr().out
+    assert "cross_fusion, forward: 18 us a direction: met" in said
+    assert "cross_fusion, forward + backward: at least 8 times eager: not measured" in said
+    lines[:] = lines[:3]
+    assert hardware.run_measurements(report)
+
+
+# What is measured
+
+
+def test_the_cases():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert {target.case for target in TARGETS} <= set(names)
+    for operation in OPERATIONS:
+        for batch in (1, 256):
+            for dtype in ("bf16", "fp32"):
+                modes = {
+                    (case.mode, case.subject.kernel_alone)
+                    for case in CASES
+                    if (case.subject.operation, case.batch, case.dtype) == (operation, batch, dtype)
+                }
+                assert modes == {
+                    *(("forward", alone) for alone in (True, False)),
+                    ("backward", True),
+                    ("forward + backward", False),
+                }
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_the_sdpa_rival_is_the_definition(operation):
+    tensors = leaves(operation.inputs(SMALL, torch.float64))
+    grads = [torch.randn_like(x) for x in operation.run(tensors, SMALL, "reference")]
+    want = gpu_cases.call(lambda x: operation.run(x, SMALL, "reference"), tensors, grads)
+    got = gpu_cases.call(lambda x: gpu_cases.with_sdpa(operation, x, SMALL), tensors, grads)
+    assert gpu_cases.error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("mode", ["forward", "forward + backward"])
+def test_a_measurement(operation, mode, monkeypatch):
+    """With PyTorch's operators for the kernels, and calls for replays of graphs."""
+    monkeypatch.setattr(gpu_cases, "OURS", "torch")
+    monkeypatch.setattr(gpu_cases, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "capture", lambda function: function)
+    monkeypatch.setattr(gpu_timing, "seconds", lambda replay, prepare: float(replay() is not None))
+    case = small(operation, mode)
+    result = gpu_cases.measure(case, 1e9, lambda: None, "cpu")
+    tensors, grads = gpu_cases.draw(case, "cpu")
+    inputs, outputs = (
+        sum(x.nbytes for x in y) for y in (tensors, operation.run(tensors, case.size, "reference"))
+    )
+    once = inputs + outputs if mode == "forward" else 3 * inputs + 2 * outputs
+    assert result["bytes"] == once
+    assert result["of_floor"] == pytest.approx(1e9 / once)
+    assert result["error"] < 1e-5
+    assert set(result["rivals"]) == {"eager", "torch", "SDPA"}
+    assert all(rival["ratio"]["median"] == 1 for rival in result["rivals"].values())
+    assert len(grads) == (0 if mode == "forward" else len(operation.outputs))
+    json.dumps(result)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "OURS", "torch")
+    case = small(OPERATIONS[0])
+    monkeypatch.setitem(gpu_cases.BOUNDS, case.dtype, 1e-30)
+    result = gpu_cases.measure(case, 1e9, lambda: None, "cpu")
+    assert "seconds" not in result
+    assert hardware.words(result).startswith("WRONG")
+
+
+def test_the_bytes_of_the_attention_kernel():
+    """Per image: the patches once, what a fusion copies, and in backward what it reads and writes besides."""
+    attention, fusion = OPERATIONS
+    tensors = [torch.empty(0, dtype=torch.bfloat16)]
+    for operation, mode, elements in (
+        (attention, "forward", 6 * 24),
+        (attention, "backward", 2 * 6 * 24),
+        (fusion, "forward", 2 * (6 * 24 + 5 * 16)),
+        (fusion, "backward", 3 * (6 * 24 + 5 * 16)),
+    ):
+        case = small(operation, mode, "bf16", alone=True)
+        assert gpu_cases.floor_bytes(case, tensors) == 3 * 2 * elements
+
+
+def test_nan_is_an_error():
+    assert not gpu_cases.error([torch.tensor([float("nan"), 1.0])], [torch.ones(2)]) < 1e9
+    assert (
+        not gpu_cases.error([torch.ones(2), torch.tensor([float("nan")])], [torch.ones(2), torch.ones(1)])
+        < 1e9
+    )
+
+
+def test_rivals_take_turns():
+    seen = []
+    rivals = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+    samples = gpu_timing.in_turn(rivals, 4, lambda call: float(len(seen)) if call() is None else 0.0)
+    assert "".join(seen[-12:]) == "abccbaabccba"
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 4)
+
+
+def test_another_size_of_a_case_differs_in_the_batch_alone():
+    case = CASES[0]
+    assert replace(case.size, batch=1) == case.subject.size
+    assert case.size.batch == 256

@@ -1,0 +1,227 @@
+"""What only a GPU can show of the Triton kernels: streams, graphs, devices, bits, large tensors.
+
+Needs nothing of conftest.py, so that `pytest --noconftest tests/test_on_gpu.py` runs where timm is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_cases import error
+from crossvit_kernels import triton_runtime
+from tests.operations import OPERATIONS, Size, leaves
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"),
+    pytest.mark.skipif(triton_runtime.load_error() is not None, reason=str(triton_runtime.load_error())),
+]
+
+DEVICE = "cuda"
+REPEATS = 50
+SIZE = Size(16, 400, 224, 7, 196, 448, 7)  # of crossvit_18
+operations = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def draw(operation, size: Size, dtype: torch.dtype) -> list[Tensor]:
+    with torch.device(DEVICE):
+        return leaves(operation.inputs(size, dtype))
+
+
+def compute(operation, tensors: Sequence[Tensor], size: Size, backend: str = "triton") -> list[Tensor]:
+    """Outputs, and the gradients of all tensors for a loss of half the sum of their squares."""
+    outputs = operation.run(tensors, size, backend)
+    grads = torch.autograd.grad(outputs, tensors, [y.detach() for y in outputs])
+    return [*(y.detach() for y in outputs), *grads]
+
+
+def same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def assert_like_torch(operation, tensors: Sequence[Tensor], size: Size) -> None:
+    """Against PyTorch's operators in float64."""
+    want = compute(operation, leaves(tensors, torch.float64), size, "torch")
+    assert error(compute(operation, tensors, size), want) < TOLERANCES[tensors[0].dtype]
+
+
+@operations
+@dtypes
+def test_values_and_gradients(operation, dtype):
+    assert_like_torch(operation, draw(operation, SIZE, dtype), SIZE)
+
+
+@operations
+@dtypes
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_the_same_bits_every_time(operation, dtype, batch):
+    size = replace(SIZE, batch=batch)
+    tensors = draw(operation, size, dtype)
+    want = compute(operation, tensors, size)
+    for _ in range(REPEATS):
+        assert same_bits(compute(operation, tensors, size), want)
+
+
+@operations
+def test_on_a_side_stream(operation):
+    """Inputs are written late on that stream: kernels on another one would read what was there before."""
+    tensors = draw(operation, SIZE, torch.float32)
+    want = compute(operation, tensors, SIZE)
+    values = [x.detach().clone() for x in tensors]
+    with torch.no_grad():
+        for x in tensors:
+            x.zero_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # clock cycles
+        with torch.no_grad():
+            for x, value in zip(tensors, values, strict=True):
+                x.copy_(value)
+        got = compute(operation, tensors, SIZE)
+    torch.cuda.current_stream().wait_stream(side)
+    assert same_bits(got, want)
+
+
+@operations
+def test_auto_takes_the_kernels(operation):
+    """It tries them first; named, they run untried."""
+    tensors = draw(operation, SIZE, torch.float32)
+    assert same_bits(compute(operation, tensors, SIZE, "auto"), compute(operation, tensors, SIZE))
+
+
+@operations
+@dtypes
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_in_a_captured_graph(operation, dtype, backend):
+    """One warm call, then a capture of forward and backward; replays follow their inputs."""
+    tensors = draw(operation, SIZE, dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        compute(operation, tensors, SIZE, backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute(operation, tensors, SIZE, backend)
+    for _ in range(3):
+        with torch.no_grad():
+            for x in tensors:
+                x.copy_(x.flip(0))
+        want = compute(operation, tensors, SIZE)
+        graph.replay()
+        assert same_bits(results, want)
+
+
+@operations
+def test_on_a_device_that_is_not_the_current_one(operation):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: a second one is needed")
+    tensors = draw(operation, SIZE, torch.float32)
+    want = compute(operation, tensors, SIZE)
+    there = [x.detach().to("cuda:1").requires_grad_() for x in tensors]
+    assert torch.cuda.current_device() == 0
+    got = compute(operation, there, SIZE)
+    assert torch.cuda.current_device() == 0
+    assert all(x.device == torch.device("cuda:1") for x in got)
+    assert error([x.cpu() for x in got], [x.cpu() for x in want]) < 1e-4
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Names of the kernels that are compiled, or loaded from the cache on disk, during a test."""
+    import triton
+
+    names: list[str] = []
+
+    def hook(*, fn: object, **_: object) -> None:
+        names.append(getattr(fn, "name", str(fn)))
+
+    previous = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = hook
+    yield names
+    triton.knobs.runtime.jit_post_compile_hook = previous
+
+
+@operations
+def test_another_number_of_patches_compiles_nothing(operation, compilations):
+    """Widths are multiples of 16, as those of the models: all strides then are, whatever the patches."""
+    size = Size(3, 196, 48, 3, 196, 64, 4)
+    compute(operation, draw(operation, size, torch.float32), size)
+    assert compilations, "the hook saw nothing"
+    compilations.clear()
+    longer = replace(size, batch=4, patches=197, other_patches=197)
+    compute(operation, draw(operation, longer, torch.float32), longer)
+    assert compilations == []
+
+
+@operations
+def test_more_heads_than_blocks_of_a_second_dimension(operation):
+    """B H beyond 65535, the most of y and z of a grid."""
+    size = Size(9500, 3, 56, 7, 2, 56, 7)
+    assert_like_torch(operation, draw(operation, size, torch.float32), size)
+
+
+@operations
+def test_an_empty_batch(operation):
+    size = replace(SIZE, batch=0)
+    tensors = draw(operation, size, torch.float32)
+    for got, x in zip(compute(operation, tensors, size)[len(operation.outputs) :], tensors, strict=True):
+        assert got.shape == x.shape
+        assert not got.any()
+
+
+def last_images(operation, tensors: Sequence[Tensor], size: Size, few: int) -> list[Tensor]:
+    """Outputs and gradients of the tokens, of the last images alone."""
+    outputs = operation.run(tensors, size, "triton")
+    tokens = tensors[: len(operation.tokens)]
+    grads = torch.autograd.grad(outputs, tokens, [y.detach() for y in outputs])
+    return [y.detach()[-few:].clone() for y in (*outputs, *grads)]
+
+
+def test_tokens_beyond_two_billion_elements():
+    """Offsets of 64 bits: the last images of a batch whose tokens have more than 2^31 elements."""
+    batch, few = 24_500, 4
+    if torch.cuda.mem_get_info()[0] < 80e9:
+        pytest.skip("80 GB of free memory are needed")
+    # One test for both operations, so that they never run side by side.
+    for operation in OPERATIONS:
+        size = replace(SIZE, batch=few) if operation.name == "cross_fusion" else Size(few, 400, 224, 7)
+        count = len(operation.tokens)
+        tensors = draw(operation, size, torch.bfloat16)
+        want = last_images(operation, tensors, size, few)
+        # The same few images over and over.
+        tensors[:count] = [x.detach().repeat(batch // few, 1, 1).requires_grad_() for x in tensors[:count]]
+        assert tensors[1].numel() > 2**31
+        got = last_images(operation, tensors, replace(size, batch=batch), few)
+        assert error(got, want) < TOLERANCES[torch.bfloat16]
+        del tensors
+        torch.cuda.empty_cache()
+
+
+@operations
+@dtypes
+def test_the_interpreter_agrees(operation, dtype):
+    """The PTX that is interpreted without a GPU, and the same kernels on this one."""
+    contract = pytest.importorskip("tests.contract")
+    size = Size(2, 9, 32, 2, 5, 24, 3)
+    tensors = draw(operation, size, dtype)
+    got = compute(operation, tensors, size)
+    with contract.without_a_gpu("sm_80"):
+        want = compute(operation, [x.detach().cpu().requires_grad_() for x in tensors], size)
+    assert error([x.cpu() for x in got], want) < TOLERANCES[dtype]
