@@ -39,6 +39,7 @@ def check_all() -> Iterator[tuple[str, bool]]:
 # Largest relative error of a kernel that is right, against the definition in float64 on the same inputs.
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 _TF32_TOLERANCE = 0.02
+_PATCHES = 97  # enough for GPU kernels to read an image in parts
 
 
 def _relative_error(got: Tensor, expected: Tensor) -> float:
@@ -68,7 +69,7 @@ class _Inputs:
 def _attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
     """Tensors, of which the first two are tokens, and the operation of them and a backend."""
     draw = _Inputs()
-    tensors = [draw.normal(3, 1, widths[0]), draw.normal(3, 41, widths[0])]
+    tensors = [draw.normal(3, 1, widths[0]), draw.normal(3, _PATCHES, widths[0])]
     tensors += draw.attention_weights(widths[0])
 
     def run(x: list[Tensor], backend: str) -> list[Tensor]:
@@ -79,7 +80,7 @@ def _attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[li
 
 def _fusion_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
     draw = _Inputs()
-    tensors = [draw.normal(3, 42, widths[0]), draw.normal(3, 18, widths[1])]
+    tensors = [draw.normal(3, 1 + _PATCHES, widths[0]), draw.normal(3, 18, widths[1])]
     for own, other in (widths, widths[::-1]):
         tensors += [*draw.norm(own), *draw.linear(other, own), *draw.attention_weights(other)]
         tensors += [*draw.norm(other), *draw.linear(own, other)]
@@ -129,17 +130,18 @@ def what_is_wrong(
         return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, leaves)]
 
     truth = results([x.double() for x in given], "reference")
-    # The gradient of k's bias is zero: only rounding is left of it, which has no relative size.
-    pairs = [
-        (got, want)
-        for got, want in zip(results(given, backend), truth, strict=True)
-        if want.abs().max() > 1e-9
-    ]
-    worst = max(_relative_error(got, want) for got, want in pairs)
+    found = results(given, backend)
+    count = len(truth) - len(given) if gradients else len(truth)
+    # Gradients that all but cancel, as that of k's bias does, have only the rounding of what cancels in them.
+    floor = 0.1 * max((want.abs().max().item() for want in truth[count:]), default=0.0)
+    worst = 0.0
+    for i, (got, want) in enumerate(zip(found, truth, strict=True)):
+        scale = max(want.abs().max().item(), floor if i >= count else 0.0)
+        worst = max(worst, (got.double() - want).abs().max().item() / max(scale, 1e-30))
     allowed = _TOLERANCES[weights]
     if weights == torch.float32 and precision_of_float32() == "tf32":
         allowed = _TF32_TOLERANCE
-    finite = all(bool(torch.isfinite(got).all()) for got, _ in pairs)
+    finite = all(bool(torch.isfinite(got).all()) for got in found)
     if finite and worst < allowed:
         return worst, None
     return worst, f"a relative error of {worst:.1e} against the definition, where {allowed:.0e} is allowed"

@@ -7,7 +7,6 @@ float64, on a few images. Backends that the caller names are not tried.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,6 @@ import torch
 
 _log = logging.getLogger(__package__)
 _decisions: dict[tuple, str | None] = {}
-# Reentrant: a trial calls the operator that asks, with the backend named.
-_lock = threading.RLock()
 
 
 def validate(
@@ -32,8 +29,8 @@ def validate(
 ) -> str | None:
     """Tries the GPU kernels of an operation, as "auto" does when it first takes them.
 
-    Worth a call before a CUDA graph is recorded: then nothing can be tried, and "auto" uses PyTorch's
-    operators for what was not tried before.
+    While a CUDA graph is recorded nothing can be tried, and "auto" uses PyTorch's operators for what was not
+    tried before. (One ordinary call tries too, and compiles for the very layout that will be recorded.)
 
     Args:
         operation: "cross_attention" or "cross_fusion".
@@ -73,15 +70,17 @@ def forget() -> None:
 
 
 def _tried(*key: Any) -> str | None:
-    key = (*key, precision_of_float32())
     if key not in _decisions:
-        with _lock:
-            if key not in _decisions:
-                _decisions[key] = _decide(*key)
+        # Without a lock: a trial differentiates, on threads of autograd that may themselves want to try.
+        wrong = _try(*key)
+        if _decisions.setdefault(key, wrong) is wrong and wrong is not None:
+            operation, _, widths, _, tokens, _, gradients = key
+            what = f"{operation}{', backward,' if gradients else ''} of widths {widths} in {tokens}"
+            _log.warning("%s does not use Triton in this process but PyTorch's operators: %s", what, wrong)
     return _decisions[key]
 
 
-def _decide(
+def _try(
     operation: str,
     device: torch.device,
     widths: tuple[int, ...],
@@ -89,28 +88,27 @@ def _decide(
     tokens: torch.dtype,
     weights: torch.dtype,
     gradients: bool,
-    precision: str,
 ) -> str | None:
     from .check import what_is_wrong  # it needs the operations, which need this module
 
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _recording(device):
         # The decision stands, so that forward and backward agree on who computes.
-        wrong: str | None = (
-            "it was not tried before a CUDA graph was recorded: call it once, or crossvit_kernels.validate"
-        )
-    else:
-        try:
-            with as_outside_of_operators():
-                _, wrong = what_is_wrong(
-                    operation, "triton", device, widths=widths, heads=heads, tokens=tokens, weights=weights,
-                    gradients=gradients,
-                )  # fmt: skip
-        except Exception as error:  # whatever a compiler or a driver raises
-            wrong = f"{type(error).__name__}: {error}"
-    if wrong is not None:
-        what = f"{operation}{', backward,' if gradients else ''} of widths {widths} in {tokens}"
-        _log.warning("%s does not use Triton in this process but PyTorch's operators: %s", what, wrong)
-    return wrong
+        return "it was not tried before a CUDA graph was recorded: call it once, or crossvit_kernels.validate"
+    try:
+        with as_outside_of_operators():
+            return what_is_wrong(
+                operation, "triton", device, widths=widths, heads=heads, tokens=tokens, weights=weights,
+                gradients=gradients,
+            )[1]  # fmt: skip
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{type(error).__name__}: {error}"
+
+
+def _recording(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def precision_of_float32() -> str:

@@ -107,7 +107,7 @@ def test_every_variant_has_an_entry_for_every_architecture():
 
 def test_a_very_wide_direction_has_an_entry():
     directions, _ = calls(Case((4096,), 32))
-    assert configuration(directions, True, "sm_90").warps == 16
+    assert configuration(directions, True, "sm_90").warps == 8
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_attentions_kernels_keep_their_budget(architecture):
     for backward in (False, True):
         found = compile_case(Case((224, 448), 7, backward=backward), architecture, compile_table.ATTENTION)
         assert [(r.kernel, compile_table.verdict(r)) for r in found] == [(found[0].kernel, "ok")]
-        assert found[0].blocks >= (1 if backward else 2)
+        assert found[0].blocks >= 1
 
 
 @compiles

@@ -64,7 +64,8 @@ def _forward(
         )
         with torch.no_grad():
             y, attention = absorbed.cross_attention(operands)
-        return y, attention if return_attention else patches.new_empty(0, dtype=torch.float32), saved
+        absent = patches.new_empty(0, dtype=torch.float32)
+        return y.contiguous(), attention.contiguous() if return_attention else absent, saved
     y = patches.new_empty((batch, 1, width))
     shape = (batch, num_heads, 1 + count) if return_attention else (0,)
     attention = patches.new_empty(shape, dtype=torch.float32)
@@ -130,15 +131,15 @@ def _backward(
                 cls, patches, residual_scale, weights, seed, options, grad_y, grad_attention
             )
         return (
-            found[0],
-            found[1] if to_patches else none_as_empty(None, cls),
-            none_as_empty(found[2].float() if to_scale else None, cls),
-            [none_as_empty(g if to_weights else None, cls) for g in found[3:]],
+            settled(found[0], cls),
+            settled(found[1] if to_patches else None, cls),
+            settled(found[2].float() if to_scale else None, cls),
+            [settled(g if to_weights else None, cls) for g in found[3:]],
         )
     gradients = Gradients(
         cls=grad_y,
         patches=None,
-        attention=None if grad_attention is None else (attention.contiguous(), grad_attention.contiguous()),
+        attention=None if grad_attention is None else (attention.contiguous(), plain(grad_attention)),
         saved=saved.contiguous(),
         to_cls=empty_as(cls),
         to_patches=empty_as(patches) if to_patches else None,
@@ -213,6 +214,11 @@ def weight_gradients(weights: Weights, batch: int) -> Weights:
     return tuple(found)
 
 
+def plain(x: Tensor) -> Tensor:
+    """Contiguous, and no view that stands for -x."""
+    return x.resolve_neg().contiguous()
+
+
 def empty_as(x: Tensor) -> Tensor:
     """Contiguous, of the shape and dtype of x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -222,6 +228,11 @@ def fake_weight_gradients(weights: list[Tensor | None], wanted: bool) -> list[Te
     """The shapes that `none_as_empty` gives to `weight_gradients`."""
     some = next(w for w in weights if w is not None)
     return [fake_absent(some) if w is None or not wanted else w.new_empty(w.shape) for w in weights]
+
+
+def settled(x: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient by autograd as the kernels give it: contiguous, without a history, empty if absent."""
+    return none_as_empty(None if x is None else x.detach().contiguous(), like)
 
 
 def none_as_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -253,7 +264,7 @@ BACKWARD = define(
 class CrossAttention(torch.autograd.Function):
     """y, the attention (empty unless asked for) and what forward leaves for backward.
 
-    Saves its inputs, float32 [B, (4 + H) C] and the attention if it was asked for; nothing of size B P C.
+    Saves its inputs, some float32 [B, H C] and the attention if it was asked for; nothing of size B P C.
     """
 
     generate_vmap_rule = True

@@ -16,7 +16,7 @@ backward, and `scratch`, within backward. The constants below name their columns
 width. Sums of `scratch` over the batch are the gradients of biases and LayerNorms, products of two of its
 columns over the batch those of the matrices: nothing is accumulated by atomics, and every sum has one order.
 
-`d` is a direction, `triton_launch.Arguments`.
+`d` is a direction, in the named tuple of triton_launch.py that has what the kernel needs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ D_NORM = tl.constexpr(9)
 D_GAMMA = tl.constexpr(10)
 D_ROW = tl.constexpr(11)  # of the CLS token as a row of the attention
 D_CLS = tl.constexpr(12)
-# A width a head: the gradient of u, u, the gradient of the key, the heads' parts of those of gamma and beta.
+# PER_HEAD times a width a head: the gradient of u first, the others counted from there.
 D_U = tl.constexpr(13)
 U = tl.constexpr(1)
 D_KEY = tl.constexpr(2)
@@ -185,9 +185,10 @@ def _norm_means(d_norm, x, stride, gamma, mean, rstd, in_batch, width: tl.conste
 
 
 @triton.jit
-def _norm_backward(d_norm, x, stride, gamma, mean, rstd, means, k, valid):
+def _norm_backward(d_norm, x, stride, gamma, mean, rstd, means, k, in_batch, width: tl.constexpr):
     """Columns k of the gradient of x, from that of LayerNorm's output: r (g - mean(g) - x^ mean(g x^))."""
-    g = _row(d_norm, k, valid) * _vector(gamma, k, valid)
+    valid = in_batch & (k < width)
+    g = _row(d_norm, k, valid) * _vector(gamma, k, k < width)
     hat = (_row(x, k * stride, valid) - mean) * rstd
     return tl.where(valid, rstd * (g - means[0] - hat * means[1]), 0.0)
 
@@ -256,7 +257,7 @@ def _project(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 def _absorb(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     rows, head = _head_tile(d.heads)
     in_batch = rows < batch
-    dtype = d.wq.dtype.element_ty
+    dtype = d.dtype
     head_width: tl.constexpr = d.width // d.heads
     saved = _saved(d, rows)
     x = saved + CLS * padded(d.width)
@@ -287,7 +288,7 @@ def _absorb(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 def _values(d, batch, splits, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     rows, head = _head_tile(d.heads)
     in_batch = rows < batch
-    dtype = d.wv.dtype.element_ty
+    dtype = d.dtype
     head_width: tl.constexpr = d.width // d.heads
     saved = _saved(d, rows)
     z = saved + (Z + head) * padded(d.width)
@@ -448,8 +449,8 @@ def _load_tokens(d, image, start, n, valid):
 
 
 @triton.jit
-def _centre(d, pieces, eps):
-    """Mean, 1 / sqrt(variance + eps) and the pieces minus the mean, in float32."""
+def _centre(d, pieces, valid, eps):
+    """Mean, 1 / sqrt(variance + eps), 0 where not valid, and the pieces minus the mean, in float32."""
     mean = tl.sum(pieces[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(d.widths)):
         mean += tl.sum(pieces[i].to(tl.float32), 1)
@@ -462,24 +463,24 @@ def _centre(d, pieces, eps):
             x = tl.where((_columns(d.widths, i) < d.width)[None, :], x, 0.0)
         variance += _sum_of_products(x, x, 1)
         centred = centred + (x,)
-    return mean, tl.rsqrt(variance / d.width + eps), centred
+    return mean, tl.where(valid, tl.rsqrt(variance / d.width + eps), 0.0), centred
 
 
 @triton.jit
 def _operands(d, pieces, mean, rstd, centred):
     """What the tensor cores multiply, and `shift`, `scale` with x^ = scale (operand - shift).
 
-    16-bit tokens as they are: exact, and they reach the tensor cores without passing through registers.
-    float32 tokens would lose x - mean to rounding, so they are normalised first.
+    bfloat16 tokens as they are: exact, and they reach the tensor cores without passing through registers.
+    float32 would lose x - mean to rounding and float16 the coefficients, which the scale makes small, to
+    underflow: these are normalised first.
     """
-    if d.patches.dtype.element_ty == tl.float32:
-        dtype = d.wq.dtype.element_ty
+    if d.patches.dtype.element_ty == tl.bfloat16:
+        return pieces, mean, rstd
+    else:
         normed = ()
         for i in tl.static_range(len(d.widths)):
-            normed = normed + ((centred[i] * rstd[:, None]).to(dtype),)
+            normed = normed + ((centred[i] * rstd[:, None]).to(d.dtype),)
         return normed, tl.zeros_like(mean), tl.full(mean.shape, 1.0, tl.float32)
-    else:
-        return pieces, mean, rstd
 
 
 @triton.jit
@@ -537,7 +538,7 @@ def _absorbed_queries(d, saved, hat, h, present):
         c = _columns(d.widths, i)
         valid = (c < d.width)[:, None] & present[None, :]
         key = _row(saved, (Z + d.heads + h[None, :]) * padded(d.width) + c[:, None], valid)
-        query = (key * _vector(d.gamma, c, c < d.width)[:, None]).to(d.wq.dtype.element_ty)
+        query = (key * _vector(d.gamma, c, c < d.width)[:, None]).to(d.dtype)
         queries = queries + (query,)
         sums += tl.sum(query.to(tl.float32), 0)
         scores += _sum_of_products(query.to(tl.float32), hat[i][:, None], 0)
@@ -552,7 +553,7 @@ def _attend(
     image = (tl.program_id(0) // tiles // splits).to(tl.int64)
     split = tl.program_id(0) // tiles % splits
     if image < batch:
-        dtype = d.wq.dtype.element_ty
+        dtype = d.dtype
         tokens = patches + 1
         h = tl.program_id(0) % tiles * d.head_tile + tl.arange(0, d.head_tile)
         present = h < d.heads
@@ -584,7 +585,7 @@ def _attend(
             pieces = _load_tokens(d, image, start, n, valid)
             if d.copy is not None and tl.program_id(0) % tiles == 0:
                 _copy(d, image, start, n, valid, pieces)
-            mean, rstd, centred = _centre(d, pieces, eps)
+            mean, rstd, centred = _centre(d, pieces, valid, eps)
             operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
             scores = tl.zeros([TOKENS, d.head_tile], tl.float32)
             for i in tl.static_range(len(d.widths)):
@@ -640,7 +641,7 @@ def _copy(d, image, start, n, valid, pieces):
 
 @triton.jit(do_not_specialize=["batch", "patches_a", "patches_b", "splits_a", "splits_b", "threshold"])
 def attend(
-    a, b, batch, patches_a, patches_b, splits_a, splits_b, eps, threshold, keep_scale,
+    a, b, batch, patches_a, patches_b, splits_a, splits_b, eps, threshold: tl.int64, keep_scale,
     BOTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z_h = sum_n softmax_n(query_h . x^_n) x^_n over an image's tokens, with an online softmax in base 2.
@@ -667,7 +668,8 @@ def _activation_backward(
     mean, rstd = _statistics(x, stride, in_batch, width, BLOCK, eps)
     valid = in_batch & (columns[None, :] < width)
     hat = (_row(x, columns[None, :] * stride, valid) - mean) * rstd
-    normed = hat * _vector(norm[0], columns[None, :], valid) + _vector(norm[1], columns[None, :], valid)
+    inside = (columns < width)[None, :]
+    normed = hat * _vector(norm[0], columns[None, :], inside) + _vector(norm[1], columns[None, :], inside)
     d_norm = d_activation * _gelu_derivative(normed)
     tl.store(out[0], d_norm, mask=valid)
     tl.store(out[1], d_norm * hat, mask=valid)
@@ -717,7 +719,7 @@ def _output_backward(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr
         k = start + tl.arange(0, BLOCK)
         valid = in_batch & (k < d.width)[None, :]
         if d.back_weight is not None:
-            d_y = _norm_backward(d_norm, y, 1, d.back_gamma, mean, rstd, means, k[None, :], valid)
+            d_y = _norm_backward(d_norm, y, 1, d.back_gamma, mean, rstd, means, k[None, :], in_batch, d.width)
         else:
             d_y = _row(d.d_new + rows.to(tl.int64) * d.d_new_batch, k[None, :] * d.d_new_channel, valid)
         d_projected = d_y
@@ -752,7 +754,7 @@ def _values_backward(d, batch, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     bias = _vector(d.bv, channel[None, :], channel[None, :] < d.width)
     d_sum = _sum_of_products(d_output, bias, 1)[:, None]
     against = tl.zeros([ROWS, 1], tl.float32)
-    d_output = d_output.to(d.wv.dtype.element_ty)
+    d_output = d_output.to(d.dtype)
     heads = scratch + D_U * padded(d.width)
     for start in range(0, d.width, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -763,14 +765,16 @@ def _values_backward(d, batch, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
         z = _row(saved, (Z + head) * padded(d.width) + k[None, :], valid)
         gamma = _vector(d.gamma, k[None, :], inside)
         beta = _vector(d.beta, k[None, :], inside)
-        against += _sum_of_products(d_u * gamma, z, 1)[:, None]
+        # With dz as the tensor cores of attend_backward see it, so that the sum over the tokens cancels.
+        d_z = (d_u * gamma).to(d.dtype).to(tl.float32)
+        against += _sum_of_products(d_z, z, 1)[:, None]
         d_sum += _sum_of_products(d_u, beta, 1)[:, None]
         at = heads + head * padded(d.width) + k[None, :]
         step = d.heads * padded(d.width)
         tl.store(at, d_u, mask=valid)
-        tl.store(at + step, gamma * z + sums * beta, mask=valid)
-        tl.store(at + 3 * step, d_u * z, mask=valid)
-        tl.store(at + 4 * step, d_u * sums, mask=valid)
+        tl.store(at + U * step, gamma * z + sums * beta, mask=valid)
+        tl.store(at + D_GAMMA_PART * step, d_u * z, mask=valid)
+        tl.store(at + D_BETA_PART * step, d_u * sums, mask=valid)
     numbers = heads + PER_HEAD * d.heads * padded(d.width) + head
     # The sum of the attention is 1 unless some of it is dropped.
     if d.seed is None:
@@ -832,24 +836,33 @@ def _interleave(x, y):
 
 
 @triton.jit
+def _numbers_of_heads(d, saved, numbers, tile: tl.constexpr):
+    """Of the heads of a tile: the log-sum-exp, sum_n p_n dp_n, the gradient of the attention's sum."""
+    h = tile * 8 + tl.arange(0, 8)
+    present = h < d.heads
+    lse = _row(saved + (Z + 2 * d.heads) * padded(d.width), h, present)
+    return lse, _row(numbers, h, present), _row(numbers + padded(d.heads), h, present)
+
+
+@triton.jit
 def _softmax_backward(
-    d, image, tile: tl.constexpr, products, n, valid, tokens, numbers, lses, threshold, keep_scale
+    d, image, tile: tl.constexpr, products, n, valid, tokens, of_heads, threshold, keep_scale
 ):
     """From scores and dz . x^ in turn, [tokens, 16]: their gradients, ds and p, in turn."""
     h = tile * 8 + tl.arange(0, 8)
     present = h < d.heads
     scores, d_p = tl.split(tl.reshape(products, (products.shape[0], 8, 2)))
-    lse = _row(lses, h, present)
+    lse, sums, d_sums = of_heads
     p = tl.where(valid[:, None] & present[None, :], tl.exp2(scores - lse[None, :]), 0.0)
     dropped = p
     if d.seed is not None:
         kept = _kept(d, image, h[None, :], n[:, None], tokens, threshold, keep_scale)
         dropped = p * kept
-        d_p = (d_p + _row(numbers + padded(d.heads), h, present)[None, :]) * kept
+        d_p = (d_p + d_sums[None, :]) * kept
     if d.d_attention is not None:
         address = (image * d.heads + h)[None, :] * tokens + n[:, None]
         d_p += _row(d.d_attention, address, valid[:, None] & present[None, :])
-    d_scores = LN2 * p * (d_p - _row(numbers, h, present)[None, :])
+    d_scores = LN2 * p * (d_p - sums[None, :])
     return _interleave(d_scores, dropped)
 
 
@@ -897,30 +910,33 @@ def _attend_backward(
     image = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     if image < batch:
-        dtype = d.wq.dtype.element_ty
+        dtype = d.dtype
         tokens = patches + 1
         saved = d.saved + image * saved_columns(d.width, d.heads)
         scratch = d.scratch + image * scratch_columns(d.width, d.own_width, d.heads)
         heads = scratch + D_U * padded(d.width)
         numbers = heads + PER_HEAD * d.heads * padded(d.width)
-        lses = saved + (Z + 2 * d.heads) * padded(d.width)
         leads = split == 0
         hat, rstd_cls = _normalised_cls(d, saved, eps)
 
         # Tuples of pairs have an entry for each head tile and piece: tile * pieces + piece.
         pairs, pair_sums, cls_products = _all_pairs(d, saved, heads, hat, dtype)
+        of_heads = ()
         shifts = ()
+        excesses = ()
         d_pairs = ()
         of_cls = ()
         for tile in tl.static_range(blocks(d.heads, 8)):
+            of_heads = of_heads + (_numbers_of_heads(d, saved, numbers, tile),)
             shifts = shifts + (tl.zeros([16], tl.float32),)
             zero = tl.zeros([1], tl.int32)
             of_row = _softmax_backward(
-                d, image, tile, cls_products[tile][None, :], zero, zero == 0, tokens, numbers, lses,
+                d, image, tile, cls_products[tile][None, :], zero, zero == 0, tokens, of_heads[tile],
                 threshold, keep_scale,
             )  # fmt: skip
             # The CLS token is the first row of the first part.
             of_cls = of_cls + (tl.where(leads, tl.reshape(of_row, (16,)), 0.0),)
+            excesses = excesses + (of_cls[tile],)
             for i in tl.static_range(len(d.widths)):
                 d_pairs = d_pairs + (of_cls[tile][:, None] * hat[i][None, :],)
         _store_d_cls_row(d, scratch, leads, pairs, pair_sums, cls_products, of_cls, hat, rstd_cls)
@@ -930,15 +946,17 @@ def _attend_backward(
             n = tl.arange(0, TOKENS)
             valid = start + n < end
             pieces = _load_tokens(d, image, start, n, valid)
-            mean, rstd, centred = _centre(d, pieces, eps)
+            mean, rstd, centred = _centre(d, pieces, valid, eps)
             operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
             d_hat = ()
             for i in tl.static_range(len(d.widths)):
                 d_hat = d_hat + (tl.zeros([TOKENS, tl.constexpr(d.widths[i])], tl.float32),)
             mean_plain = tl.zeros([TOKENS], tl.float32)
             mean_against = tl.zeros([TOKENS], tl.float32)
+            unscale = tl.where(scale > 0, 1 / scale, 0.0)
             new_d_pairs = ()
             new_shifts = ()
+            new_excesses = ()
             for tile in tl.static_range(blocks(d.heads, 8)):
                 products = tl.zeros([TOKENS, 16], tl.float32)
                 for i in tl.static_range(len(d.widths)):
@@ -946,25 +964,16 @@ def _attend_backward(
                     products = tl.dot(operands[i], tl.trans(pair), products, input_precision=PRECISION)
                 products = scale[:, None] * (products - shift[:, None] * pair_sums[tile][None, :])
                 coefficients = _softmax_backward(
-                    d,
-                    image,
-                    tile,
-                    products,
-                    1 + start + n,
-                    valid,
-                    tokens,
-                    numbers,
-                    lses,
-                    threshold,
-                    keep_scale,
-                )
+                    d, image, tile, products, 1 + start + n, valid, tokens, of_heads[tile],
+                    threshold, keep_scale,
+                )  # fmt: skip
                 rounded = coefficients.to(dtype)
                 mean_plain += _sum_of_products(rounded.to(tl.float32), pair_sums[tile][None, :], 1)
                 mean_against += _sum_of_products(rounded.to(tl.float32), products, 1)
                 scaled = (coefficients * scale[:, None]).to(dtype)
-                new_shifts = new_shifts + (
-                    shifts[tile] + _sum_of_products(scaled.to(tl.float32), shift[:, None], 0),
-                )
+                seen = scaled.to(tl.float32)
+                new_shifts = new_shifts + (shifts[tile] + _sum_of_products(seen, shift[:, None], 0),)
+                new_excesses = new_excesses + (excesses[tile] + _sum_of_products(seen, unscale[:, None], 0),)
                 added = ()
                 for i in tl.static_range(len(d.widths)):
                     added = added + (
@@ -980,6 +989,7 @@ def _attend_backward(
                 d_hat = added
             d_pairs = new_d_pairs
             shifts = new_shifts
+            excesses = new_excesses
             if d.d_patches is not None:
                 _store_d_patches(
                     d,
@@ -994,18 +1004,22 @@ def _attend_backward(
                     mean_against / d.width,
                 )
 
-        # Of the pairs' gradients only those of the queries are wanted.
+        # Of the pairs' gradients only those of the queries are wanted. But for rounding, ds sums to zero over
+        # the tokens. What is left multiplies all that the tokens have in common, so it is taken off with z,
+        # their mean under the attention.
         row = tl.arange(0, 16)
         for tile in tl.static_range(blocks(d.heads, 8)):
             h = tile * 8 + row // 2
             wanted = (row % 2 == 0) & (h < d.heads)
+            sums = _row(saved + (Z + 2 * d.heads) * padded(d.width) + padded(d.heads), h, wanted)
+            excess = tl.where(sums > 0, excesses[tile] / sums, 0.0)
             for i in tl.static_range(len(d.widths)):
                 c = _columns(d.widths, i)
-                value = d_pairs[tile * len(d.widths) + i] - shifts[tile][:, None]
-                out = (
-                    d.parts + ((image * splits + split) * d.heads + h[:, None]) * padded(d.width) + c[None, :]
-                )
-                tl.store(out, value, mask=wanted[:, None] & (c < d.width)[None, :])
+                mask = wanted[:, None] & (c < d.width)[None, :]
+                z = _row(saved, (Z + h)[:, None] * padded(d.width) + c[None, :], mask)
+                value = d_pairs[tile * len(d.widths) + i] - shifts[tile][:, None] - excess[:, None] * z
+                out = d.parts + ((image * splits + split) * d.heads + h[:, None]) * padded(d.width)
+                tl.store(out + c[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -1026,7 +1040,7 @@ def _store_d_patches(d, image, start, n, valid, d_hat, centred, rstd, mean_plain
 
 @triton.jit(do_not_specialize=["batch", "patches_a", "patches_b", "splits_a", "splits_b", "threshold"])
 def attend_backward(
-    a, b, batch, patches_a, patches_b, splits_a, splits_b, eps, threshold, keep_scale,
+    a, b, batch, patches_a, patches_b, splits_a, splits_b, eps, threshold: tl.int64, keep_scale,
     BOTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tokens and of the absorbed queries, in one pass with the softmax from its saved sum.
@@ -1050,7 +1064,7 @@ def _absorb_backward(d, batch, splits, BLOCK: tl.constexpr, PRECISION: tl.conste
     rows, head = _head_tile(d.heads)
     in_batch = rows < batch
     head_width: tl.constexpr = d.width // d.heads
-    dtype = d.wk.dtype.element_ty
+    dtype = d.dtype
     scratch = _scratch(d, rows)
     key = _saved(d, rows) + (Z + d.heads + head) * padded(d.width)
     part = d.parts + (rows.to(tl.int64) * splits * d.heads + head) * padded(d.width)
@@ -1066,10 +1080,11 @@ def _absorb_backward(d, batch, splits, BLOCK: tl.constexpr, PRECISION: tl.conste
         d_absorbed = tl.zeros([ROWS, BLOCK], tl.float32)
         for i in range(splits):
             d_absorbed += _row(part + i * step, k[None, :], valid)
-        d_gamma = _row(at, 3 * step + k[None, :], valid) + d_absorbed * _row(key, k[None, :], valid)
-        tl.store(at + 3 * step + k[None, :], d_gamma, mask=valid)
+        d_gamma = _row(at, D_GAMMA_PART * step + k[None, :], valid)
+        d_gamma += d_absorbed * _row(key, k[None, :], valid)
+        tl.store(at + D_GAMMA_PART * step + k[None, :], d_gamma, mask=valid)
         d_key = d_absorbed * _vector(d.gamma, k[None, :], inside) * (LOG2E * d.score_scale)
-        tl.store(at + 2 * step + k[None, :], d_key, mask=valid)
+        tl.store(at + D_KEY * step + k[None, :], d_key, mask=valid)
         weight = _transposed(d.wk, d.wk_stride, channel, k, d.width, d.width)
         d_query = tl.dot(d_key.to(dtype), weight, d_query, input_precision=PRECISION)
     out = scratch + D_QUERY * padded(d.width) + channel[None, :]
@@ -1100,10 +1115,11 @@ def _query_backward(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def _d_cls(d, scratch, x, mean, rstd, means, k, valid):
+def _d_cls(d, scratch, x, mean, rstd, means, k, in_batch):
     """Columns k of the gradient of c: through the residual, as a row of the attention, and as its query."""
     width: tl.constexpr = padded(d.width)
-    through = _norm_backward(scratch + D_NORM * width, x, 1, d.gamma, mean, rstd, means, k, valid)
+    valid = in_batch & (k < d.width)
+    through = _norm_backward(scratch + D_NORM * width, x, 1, d.gamma, mean, rstd, means, k, in_batch, d.width)
     return _row(scratch, D_Y * width + k, valid) + _row(scratch, D_ROW * width + k, valid) + through
 
 
@@ -1121,7 +1137,7 @@ def _project_backward(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexp
     for start in range(0, d.width, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = in_batch & (k < d.width)[None, :]
-        d_cls = _d_cls(d, scratch, x, mean, rstd, means, k[None, :], valid)
+        d_cls = _d_cls(d, scratch, x, mean, rstd, means, k[None, :], in_batch)
         if tl.program_id(0) % blocks(d.own_width, BLOCK) == 0:
             tl.store(scratch + D_CLS * padded(d.width) + k[None, :], d_cls, mask=valid)
         weight = _matrix(d.project_weight, d.project_stride, k, columns, d.width, d.own_width)
@@ -1160,9 +1176,9 @@ def _cls_backward(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
         k = start + tl.arange(0, BLOCK)[None, :]
         valid = in_batch & (k < d.own_width)
         if d.project_weight is not None:
-            value = _norm_backward(d_norm, x, stride, gamma, mean, rstd, means, k, valid)
+            value = _norm_backward(d_norm, x, stride, gamma, mean, rstd, means, k, in_batch, d.own_width)
         else:
-            value = _d_cls(d, scratch, x, mean, rstd, means, k, valid)
+            value = _d_cls(d, scratch, x, mean, rstd, means, k, in_batch)
         out = d.d_cls + rows.to(tl.int64) * d.d_cls_batch + k * d.d_cls_channel
         tl.store(out, value.to(d.d_cls.dtype.element_ty), mask=valid)
 
@@ -1267,13 +1283,18 @@ def _sum(
         tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < WIDTH)
 
 
+# Of `parameters_backward`, without f and g and with them.
+JOBS = tl.constexpr(9)
+JOBS_OF_FUSION = tl.constexpr(17)
+
+
 @triton.jit
 def _parameters_backward(d, job, batch, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     width: tl.constexpr = padded(d.width)
     own_width: tl.constexpr = padded(d.own_width)
     kept: tl.constexpr = saved_columns(d.width, d.heads)
     step: tl.constexpr = scratch_columns(d.width, d.own_width, d.heads)
-    dtype: tl.constexpr = d.wq.dtype.element_ty
+    dtype: tl.constexpr = d.dtype
     C: tl.constexpr = d.width
     H: tl.constexpr = d.heads
     own = d.scratch + (D_U + PER_HEAD * H) * width + 2 * padded(H)
@@ -1321,7 +1342,7 @@ def _parameters_backward(d, job, batch, BLOCK: tl.constexpr, PRECISION: tl.const
             _sum(s + D_VALUE_BIAS * width, step, d.d_bv, s, 0, 0, C, batch, BLOCK)
     elif job == 8 and d.d_bo is not None:
         _sum(s + D_PROJECTED * width, step, d.d_bo, s, 0, 0, C, batch, BLOCK)
-    if d.project_weight is not None:
+    if d.d_project_weight is not None:
         own_channels: tl.constexpr = d.own_width
         if job == 9:
             left, right = s + D_CLS * width, own + ACTIVATION * own_width

@@ -18,34 +18,46 @@ from .directions import Direction, ForwardOutputs, Gradients
 from .operands import Weights
 from .triton_table import Configuration, configuration
 
-_ATTENTION = ("gamma", "beta", "wq", "bq", "wk", "bk", "wv", "bv", "wo", "bo")  # bk cancels in the softmax
+# The tensors of `Direction.weights`; bk cancels in the softmax.
+_ATTENTION = ("gamma", "beta", "wq", "bq", "wk", "bk", "wv", "bv", "wo", "bo")
 _PROJECT = ("project_gamma", "project_beta", "project_weight", "project_bias")
 _BACK = ("back_gamma", "back_beta", "back_weight", "back_bias")
-_JOBS = 9  # of parameters_backward without f and g, and with them
-_JOBS_OF_FUSION = 17
+_WEIGHTS = tuple(name for name in (*_ATTENTION, *_PROJECT, *_BACK) if name != "bk")
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-_WEIGHTS = (*_ATTENTION, *_PROJECT, *_BACK)
-_CONSTANTS = ("width", "own_width", "heads", "head_tile", "widths", "exact", "stream", "score_scale")
-# Tensors with their strides: [B, 1, channels] and [B, P, channels].
-_ROWS = ("own", "scale", "new", "d_new", "d_cls")
-_TOKENS = ("patches", "copy", "d_copy", "d_patches")
-_FIELDS = (
-    *_CONSTANTS,
-    *(f"{name}{part}" for name in _ROWS for part in ("", "_batch", "_channel")),
-    *(f"{name}{part}" for name in _TOKENS for part in ("", "_batch", "_token", "_channel")),
-    *_WEIGHTS,
+def _rows(*names: str) -> tuple[str, ...]:
+    """Tensors [B, 1, channels] with their strides."""
+    return tuple(f"{name}{part}" for name in names for part in ("", "_batch", "_channel"))
+
+
+def _tokens(*names: str) -> tuple[str, ...]:
+    """Tensors [B, P, channels] with their strides."""
+    return tuple(f"{name}{part}" for name in names for part in ("", "_batch", "_token", "_channel"))
+
+
+def _arguments(name: str, *fields: str) -> Any:
+    return namedtuple(name, fields, defaults=(None,) * len(fields))
+
+
+# What each kind of kernel gets of a direction and reads by name; None for what is absent. A kernel that is
+# given less is compiled again less often, because the strides, the alignment and the absence of anything that
+# it is given are constants of its compilation. Strides count elements, `d_` stands before a gradient, `own` is
+# the CLS token of the branch itself, `new` what it becomes, `copy` a copy of the patches; `parts` is what the
+# programs of one image leave for the kernel that merges them.
+_CONSTANTS = ("width", "own_width", "heads", "head_tile", "widths", "exact", "stream", "score_scale", "dtype")
+_BUFFERS = (*_CONSTANTS, "saved", "scratch", "parts")
+_CHAIN = (
+    *(*_BUFFERS, *_rows("own", "new", "d_new", "d_cls"), *_WEIGHTS, "seed"),
     *("wq_stride", "wk_stride", "wv_stride", "wo_stride", "project_stride", "back_stride"),
-    *("seed", "attention", "d_attention", "saved", "scratch", "parts", "d_scale"),
-    *(f"d_{name}" for name in _WEIGHTS),
 )
-Arguments: Any = namedtuple("Arguments", _FIELDS, defaults=(None,) * len(_FIELDS))  # type: ignore[misc]
-Arguments.__doc__ = """What the kernels get of one direction and read by name; None for what is absent.
-
-Constants of the compilation are tl.constexpr, strides count elements, `d_` stands before a gradient. `own` is
-the CLS token of the branch itself, `new` what it becomes, `copy` a copy of the patches. `parts` is what the
-programs of one image leave for the kernel that merges them.
-"""
+OfChain = _arguments("OfChain", *_CHAIN, *_rows("scale"), "d_scale")
+OfTokens = _arguments(
+    "OfTokens",
+    *(*_BUFFERS, "gamma", "seed", "attention", "d_attention"),
+    *_tokens("patches", "copy", "d_copy", "d_patches"),
+)
+OfParameters = _arguments("OfParameters", *_BUFFERS, *(f"d_{name}" for name in _WEIGHTS))
 
 
 def saved_floats(width: int, heads: int) -> int:
@@ -64,7 +76,10 @@ def pieces(width: int) -> tuple[int, ...]:
         unit *= 2
 
 
-def _named(names: tuple[str, ...], weights: Weights) -> dict[str, Any]:
+def _named(weights: Weights) -> dict[str, Any]:
+    """Weights, or their gradients, by name; vectors contiguous."""
+    fuses = len(weights) > len(_ATTENTION)
+    names = (*_PROJECT, *_ATTENTION, *_BACK) if fuses else _ATTENTION
     found = dict(zip(names, weights, strict=True))
     for name, x in found.items():
         if x is not None and x.ndim == 1 and x.stride(0) != 1:
@@ -72,105 +87,92 @@ def _named(names: tuple[str, ...], weights: Weights) -> dict[str, Any]:
     return found
 
 
-def _all_named(weights: Weights) -> dict[str, Any]:
-    if len(weights) == len(_ATTENTION):
-        return _named(_ATTENTION, weights)
-    return {
-        **_named(_PROJECT, weights[:4]),
-        **_named(_ATTENTION, weights[4:14]),
-        **_named(_BACK, weights[14:]),
-    }
-
-
-def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
-    """A field of `Arguments` with its strides."""
+def _of_rows(name: str, x: Tensor | None) -> dict[str, Any]:
+    """The fields of a tensor [B, 1, channels], whose channels are then less than 2^31 elements apart."""
     if x is None:
         return {}
-    fields: dict[str, Any] = {name: x, f"{name}_batch": x.stride(0), f"{name}_channel": x.stride(2)}
-    if name in _TOKENS:
-        fields[f"{name}_token"] = x.stride(1)
-    return fields
+    if x.stride(2) * x.shape[2] >= 2**31:
+        x = x.contiguous()
+    return {name: x, f"{name}_batch": x.stride(0), f"{name}_channel": x.stride(2)}
 
 
-def _direction(task: Direction, saved: Tensor, head_tile: int) -> Any:
+def _of_tokens(name: str, x: Tensor | None) -> dict[str, Any]:
+    """The fields of a tensor [B, P, channels]."""
+    if x is None:
+        return {}
+    return dict(zip(_tokens(name), (x, *x.stride()), strict=True))
+
+
+def _direction(task: Direction, saved: Tensor, head_tile: int) -> dict[str, Any]:
+    """What forward and backward have in common."""
     width = task.patches.shape[2]
     widths = pieces(width)
-    weights = _all_named(task.weights)
+    weights = _named(task.weights)
     matrices = {"project_stride": "project_weight", "back_stride": "back_weight"}
     matrices |= {f"{name}_stride": name for name in ("wq", "wk", "wv", "wo")}
     strides = {name: weights[of].stride(0) for name, of in matrices.items() if of in weights}
-    return Arguments(  # type: ignore[call-arg]
-        width=tl.constexpr(width),
-        own_width=tl.constexpr(task.cls.shape[2]),
-        heads=tl.constexpr(task.num_heads),
-        head_tile=tl.constexpr(head_tile),
-        widths=tl.constexpr(widths),
-        exact=tl.constexpr(sum(widths) == width),
-        stream=tl.constexpr(task.stream),
-        score_scale=tl.constexpr((width // task.num_heads) ** -0.5),
-        seed=task.seed,
-        saved=saved,
-        **_strided("own", task.cls),
-        **_strided("patches", task.patches),
-        **_strided("scale", task.scale),
+    return {
+        "width": tl.constexpr(width),
+        "own_width": tl.constexpr(task.cls.shape[2]),
+        "heads": tl.constexpr(task.num_heads),
+        "head_tile": tl.constexpr(head_tile),
+        "widths": tl.constexpr(widths),
+        "exact": tl.constexpr(sum(widths) == width),
+        "stream": tl.constexpr(task.stream),
+        "score_scale": tl.constexpr((width // task.num_heads) ** -0.5),
+        "dtype": tl.constexpr(_DTYPES[weights["wq"].dtype]),
+        "seed": task.seed,
+        "saved": saved,
+        **(_of_rows("own", task.cls) if task.fuses else {}),
+        **_of_tokens("patches", task.patches),
+        **_of_rows("scale", task.scale),
         **weights,
         **strides,
-    )
-
-
-# What each kind of kernel gets: one that is given less is compiled again less often, because the strides, the
-# alignment and the absence of anything that it is given are constants of its compilation.
-_D_WEIGHTS = frozenset(f"d_{name}" for name in _WEIGHTS)
-_ONLY_TOKENS = frozenset(x for x in _FIELDS if x.startswith(_TOKENS)) | {"attention", "d_attention"}
-_OF_CHAIN = frozenset(_FIELDS) - _ONLY_TOKENS - _D_WEIGHTS
-_OF_TOKENS = _ONLY_TOKENS | {*_CONSTANTS, "gamma", "wq", "seed", "saved", "scratch", "parts"}
-_OF_PARAMETERS = _D_WEIGHTS | {*_CONSTANTS, "wq", "project_weight", "saved", "scratch"}
-
-
-def _only(fields: frozenset[str], direction: Any) -> Any:
-    return direction._replace(**{name: None for name in _FIELDS if name not in fields})
+    }
 
 
 class _Launcher:
     """Launches kernels for one or two directions; each grid is that of the direction that needs more."""
 
-    def __init__(self, directions: list[Any], config: Configuration) -> None:
+    def __init__(self, directions: list[dict[str, Any]], config: Configuration) -> None:
         self.directions = directions
         self.config = config
-        self.pairs: dict[frozenset[str], tuple[Any, Any]] = {}
-        first = directions[0].patches
-        self.batch = first.shape[0]
+        self.pairs: dict[Any, tuple[Any, Any]] = {}
+        self.batch = directions[0]["patches"].shape[0]
         self.precision = precision_of_float32()
 
-    def rows(self, kernel: Any, programs: Callable[[Any], int], *args: Any) -> None:
+    def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
         """A kernel of the chain, `programs` of a direction for each `kernels.ROWS` images."""
         blocks = -(-self.batch // kernels.ROWS.value) * max(programs(d) for d in self.directions)
-        self._launch(
-            kernel, blocks, _OF_CHAIN, args, BLOCK=self.config.block, num_warps=self.config.block_warps
-        )
+        options = {"BLOCK": self.config.block, "num_warps": self.config.block_warps}
+        self._launch(kernel, blocks, OfChain, args, **options)
 
     def tokens(self, kernel: Any, programs: int, *args: Any) -> None:
         """A kernel of the attention over the tokens."""
         config = self.config
         options = {"TOKENS": config.tokens, "num_warps": config.warps, "num_stages": config.stages}
-        self._launch(kernel, programs, _OF_TOKENS, args, **options)
+        self._launch(kernel, programs, OfTokens, args, **options)
 
     def parameters(self, kernel: Any, jobs: int) -> None:
         """The gradients of the parameters, `jobs` a direction; a program is a tile of the largest."""
         count = len(self.directions)
         tiles = max(self._largest_parameter(d) for d in self.directions)
-        pair = self._pair(_OF_PARAMETERS)
         options = {"BLOCK": self.config.block, "num_warps": self.config.block_warps}
         kernel[tiles, jobs * count](
-            *pair, self.batch, JOBS=jobs, BOTH=count == 2, PRECISION=self.precision, **options
+            *self._pair(OfParameters),
+            self.batch,
+            JOBS=jobs,
+            BOTH=count == 2,
+            PRECISION=self.precision,
+            **options,
         )
 
     def columns(self, width: int) -> int:
         """Programs that cover a width."""
         return -(-width // self.config.block)
 
-    def _largest_parameter(self, d: Any) -> int:
-        width, own, heads = d.width.value, d.own_width.value, d.heads.value
+    def _largest_parameter(self, d: dict[str, Any]) -> int:
+        width, own, heads = (d[name].value for name in ("width", "own_width", "heads"))
         rows = kernels.ROWS.value
         return max(
             heads * -(-(width // heads) // rows) * self.columns(width),
@@ -178,16 +180,16 @@ class _Launcher:
             -(-own // rows) * self.columns(width),
         )
 
-    def _pair(self, fields: frozenset[str]) -> tuple[Any, Any]:
-        if fields not in self.pairs:
-            first, *second = [_only(fields, d) for d in self.directions]
-            self.pairs[fields] = first, second[0] if second else None
-        return self.pairs[fields]
+    def _pair(self, kind: Any) -> tuple[Any, Any]:
+        if kind not in self.pairs:
+            given = [kind(**{x: d[x] for x in kind._fields if x in d}) for d in self.directions]
+            self.pairs[kind] = given[0], given[1] if len(given) > 1 else None
+        return self.pairs[kind]
 
-    def _launch(self, kernel: Any, blocks: int, fields: frozenset[str], args: tuple, **options: Any) -> None:
+    def _launch(self, kernel: Any, blocks: int, kind: Any, args: tuple, **options: Any) -> None:
         count = len(self.directions)
         kernel[blocks, count](
-            *self._pair(fields), self.batch, *args, BOTH=count == 2, PRECISION=self.precision, **options
+            *self._pair(kind), self.batch, *args, BOTH=count == 2, PRECISION=self.precision, **options
         )
 
 
@@ -248,17 +250,18 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
             out.saved[:, : task.cls.shape[2]].copy_(task.cls[:, 0])
         shape = (batch, part, task.num_heads, kernels.padded(task.patches.shape[2]) + 16)
         given.append(
-            direction._replace(
-                **_strided("new", out.cls),
-                **_strided("copy", out.patches),
-                attention=out.attention,
-                parts=torch.empty(shape, dtype=torch.float32, device=device) if part > 1 else None,
-            )
+            {
+                **direction,
+                **_of_rows("new", out.cls),
+                **_of_tokens("copy", out.patches),
+                "attention": out.attention,
+                "parts": torch.empty(shape, dtype=torch.float32, device=device) if part > 1 else None,
+            }
         )
     launcher = _Launcher(given, config)
     if fuses:
-        launcher.rows(kernels.project, lambda d: launcher.columns(d.width.value), eps)
-    launcher.rows(kernels.absorb, lambda d: d.heads.value, eps)
+        launcher.rows(kernels.project, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.rows(kernels.absorb, lambda d: d["heads"].value, eps)
     launcher.tokens(
         kernels.attend,
         max(p * s for p, s in zip(programs, parts, strict=True)),
@@ -267,10 +270,10 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
         eps,
         *_dropout(directions, dropout_p),
     )
-    launcher.rows(kernels.values, lambda d: d.heads.value, *_first_and_last(parts))
-    launcher.rows(kernels.output, lambda d: launcher.columns(d.width.value))
+    launcher.rows(kernels.values, lambda d: d["heads"].value, *_first_and_last(parts))
+    launcher.rows(kernels.output, lambda d: launcher.columns(d["width"].value))
     if fuses:
-        launcher.rows(kernels.back, lambda d: launcher.columns(d.own_width.value), eps)
+        launcher.rows(kernels.back, lambda d: launcher.columns(d["own_width"].value), eps)
     for task, out in directions:
         if out.attention is not None:
             # The kernel leaves scores in base 2; what turns them into weights is known only now.
@@ -306,29 +309,30 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
     given = []
     for (task, gradients), part in zip(directions, parts, strict=True):
         width, own_width, heads = task.patches.shape[2], task.cls.shape[2], task.num_heads
-        weights = {} if gradients.to_weights is None else _all_named(gradients.to_weights)
+        weights = {} if gradients.to_weights is None else _named(gradients.to_weights)
         given.append(
-            _direction(task, gradients.saved, config.head_tile)._replace(
-                scratch=empty(batch, kernels.scratch_columns(width, own_width, heads)),
-                parts=empty(batch, part, heads, kernels.padded(width)),
-                **_strided("d_new", gradients.cls),
-                **_strided("d_copy", gradients.patches),
-                **_strided("d_patches", gradients.to_patches),
-                **_strided("d_cls", gradients.to_cls),
-                d_attention=None if gradients.attention is None else gradients.attention[1],
-                d_scale=gradients.to_scale,
+            {
+                **_direction(task, gradients.saved, config.head_tile),
+                "scratch": empty(batch, kernels.scratch_columns(width, own_width, heads)),
+                "parts": empty(batch, part, heads, kernels.padded(width)),
+                **_of_rows("d_new", gradients.cls),
+                **_of_tokens("d_copy", gradients.patches),
+                **_of_tokens("d_patches", gradients.to_patches),
+                **_of_rows("d_cls", gradients.to_cls),
+                "d_attention": None if gradients.attention is None else gradients.attention[1],
+                "d_scale": gradients.to_scale,
                 **{f"d_{name}": x for name, x in weights.items()},
-            )
+            }
         )
     launcher = _Launcher(given, config)
     if fuses:
-        launcher.rows(kernels.back_backward, lambda d: launcher.columns(d.width.value), eps)
-    launcher.rows(kernels.output_backward, lambda d: launcher.columns(d.width.value), eps)
-    launcher.rows(kernels.values_backward, lambda d: d.heads.value)
+        launcher.rows(kernels.back_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.rows(kernels.output_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.rows(kernels.values_backward, lambda d: d["heads"].value)
     for (task, gradients), direction in zip(directions, given, strict=True):
         if gradients.attention is not None:
             attention, incoming = gradients.attention
-            _softmax_sums(direction, task).add_((attention * incoming).sum(-1))
+            _softmax_sums(direction["scratch"], task).add_((attention * incoming).sum(-1))
     launcher.tokens(
         kernels.attend_backward,
         batch * max(parts),
@@ -337,20 +341,21 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
         eps,
         *_dropout(directions, dropout_p),
     )
-    launcher.rows(kernels.absorb_backward, lambda d: d.heads.value, *_first_and_last(parts))
-    launcher.rows(kernels.query_backward, lambda d: launcher.columns(d.width.value), eps)
+    launcher.rows(kernels.absorb_backward, lambda d: d["heads"].value, *_first_and_last(parts))
+    launcher.rows(kernels.query_backward, lambda d: launcher.columns(d["width"].value), eps)
     if fuses:
-        launcher.rows(kernels.project_backward, lambda d: launcher.columns(d.own_width.value), eps)
-    if given[0].d_cls is not None:
+        launcher.rows(kernels.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)
+    if directions[0][1].to_cls is not None:
         launcher.rows(kernels.cls_backward, lambda d: 1, eps)
-    if given[0].d_wq is not None:
-        launcher.parameters(kernels.parameters_backward, _JOBS_OF_FUSION if fuses else _JOBS)
+    if directions[0][1].to_weights is not None:
+        launcher.parameters(
+            kernels.parameters_backward, (kernels.JOBS_OF_FUSION if fuses else kernels.JOBS).value
+        )
 
 
-def _softmax_sums(direction: Any, task: Direction) -> Tensor:
+def _softmax_sums(scratch: Tensor, task: Direction) -> Tensor:
     """The part of `scratch` that holds sum_n p_n dp_n, [B, H]."""
-    scratch, heads = direction.scratch, task.num_heads
-    assert scratch is not None
+    heads = task.num_heads
     own = kernels.OWN_COLUMNS.value * kernels.padded(task.cls.shape[2])
     start = scratch.shape[1] - own - 2 * kernels.padded(heads)
     return scratch[:, start : start + heads]

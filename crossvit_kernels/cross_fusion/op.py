@@ -18,6 +18,8 @@ from ..cross_attention.op import (
     fake_absent,
     fake_weight_gradients,
     none_as_empty,
+    plain,
+    settled,
     vjp,
     weight_gradients,
 )
@@ -74,9 +76,10 @@ def _forward(
         )
         with torch.no_grad():
             results = fusion_with(absorbed.cross_attention)(operands)
-        absent = [x if return_attention else tokens_s.new_empty(0, dtype=torch.float32) for x in results[2:]]
+        none = tokens_s.new_empty(0, dtype=torch.float32)
+        found = [x.contiguous() if return_attention else none for x in results[2:]]
         kept = [empty_saved(x, h, backend) for x, h in zip(reversed(tokens), num_heads, strict=True)]
-        return (*results[:2], *absent, *kept)
+        return (*(x.contiguous() for x in results[:2]), *found, *kept)
     directions = _directions(tokens_s, tokens_l, weights, scale_s, scale_l, seed, num_heads)
     new = [empty_as(x) for x in tokens]
     attentions = [
@@ -190,11 +193,11 @@ def _backward(
             )  # fmt: skip
         to_scale = [None if g is None or not to_scales else g.float() for g in found[2:4]]
         return (
-            none_as_empty(found[0] if to_tokens else None, tokens_s),
-            none_as_empty(found[1] if to_tokens else None, tokens_s),
-            none_as_empty(to_scale[0], tokens_s),
-            none_as_empty(to_scale[1], tokens_s),
-            [none_as_empty(g if to_weights else None, tokens_s) for g in found[4:]],
+            settled(found[0] if to_tokens else None, tokens_s),
+            settled(found[1] if to_tokens else None, tokens_s),
+            settled(to_scale[0], tokens_s),
+            settled(to_scale[1], tokens_s),
+            [settled(g if to_weights else None, tokens_s) for g in found[4:]],
         )
     directions = _directions(tokens_s, tokens_l, weights, scale_s, scale_l, seed, num_heads)
     new = [empty_as(x) if to_tokens else None for x in (tokens_s, tokens_l)]
@@ -209,7 +212,7 @@ def _backward(
                 patches=grads[1 - stream][:, 1:],
                 attention=None
                 if grad_attention is None
-                else (attentions[stream].contiguous(), grad_attention.contiguous()),
+                else (attentions[stream].contiguous(), plain(grad_attention)),
                 saved=saved[stream].contiguous(),
                 to_cls=None if own is None else own[:, :1],
                 to_patches=None if other is None else other[:, 1:],
@@ -281,7 +284,7 @@ BACKWARD = define(
 class CrossFusion(torch.autograd.Function):
     """The new tokens, the attentions (empty unless asked for) and what forward leaves for backward.
 
-    Saves its inputs, float32 [B, (4 + H) C] a direction and the attentions if they were asked for.
+    Saves its inputs, some float32 [B, H C] a direction and the attentions if they were asked for.
     """
 
     generate_vmap_rule = True
