@@ -4,9 +4,10 @@
 (program_id(1) picks one). There are two kinds of kernels:
 
 - the attention over the tokens, `attend` and `attend_backward`: a program is an image and a part of its
-  tokens. Tokens are the rows of the matrix products, heads the columns; the channels are cut into pieces of
-  powers of two (448 = 256 + 128 + 64), all of which stay in registers. Each token is read once: these kernels
-  aim at the memory's bandwidth;
+  tokens. The channels are cut into slices, one for each warp, and these into pieces of powers of two
+  (448 = 4 (64 + 48 of 64)), all of which stay in registers: operands are [slices, tokens, channels], the
+  products of a slice belong to one warp, and only scores are summed over the slices. Each token is read once:
+  these kernels aim at the memory's bandwidth;
 - the chain of the CLS token around it: B rows through a few linear layers, ROWS of them a program. LayerNorm,
   GELU and their derivatives are computed where a product reads or writes its operands. These are short: they
   aim at few launches.
@@ -421,28 +422,41 @@ def back(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def _columns(widths: tl.constexpr, piece: tl.constexpr):
-    """The channels of a piece."""
+def _columns(d, piece: tl.constexpr):
+    """The channels of a piece, [slices, channels of one], and which of them there are."""
     start = 0
     for i in tl.static_range(piece):
-        start += widths[i]
-    return start + tl.arange(0, tl.constexpr(widths[piece]))
+        start += d.widths[i]
+    k = start + tl.arange(0, tl.constexpr(d.widths[piece]))[None, :]
+    c = tl.arange(0, d.slices)[:, None] * d.slice + k
+    if d.exact:
+        return c, c >= 0
+    elif d.slices * d.slice == d.width:
+        return c, (k < d.slice) & (c >= 0)
+    else:
+        return c, (k < d.slice) & (c < d.width)
+
+
+@triton.jit
+def _over_channels(x):
+    """Sums of [slices, rows, channels] over the channels, [rows]."""
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _at(base, n, token_stride, c, channel_stride):
-    """Addresses [tokens, channels]; strides may be such that offsets exceed 32 bits."""
-    return base + n.to(tl.int64)[:, None] * token_stride + c.to(tl.int64)[None, :] * channel_stride
+    """Addresses [slices, tokens, channels]; strides may be such that offsets exceed 32 bits."""
+    return base + n.to(tl.int64)[None, :, None] * token_stride + c.to(tl.int64)[:, None, :] * channel_stride
 
 
 @triton.jit
 def _load_tokens(d, image, start, n, valid):
-    """The pieces of tokens start + n, [tokens, channels] each; zero where not valid and beyond the width."""
+    """The pieces of tokens start + n, [slices, tokens, channels]; zero where there is none."""
     base = d.patches + image * d.patches_batch + start.to(tl.int64) * d.patches_token
     pieces = ()
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
-        mask = valid[:, None] if d.exact else valid[:, None] & (c < d.width)[None, :]
+        c, inside = _columns(d, i)
+        mask = valid[None, :, None] & inside[:, None, :]
         address = _at(base, n, d.patches_token, c, d.patches_channel)
         pieces = pieces + (tl.load(address, mask=mask, other=0.0),)
     return pieces
@@ -451,17 +465,17 @@ def _load_tokens(d, image, start, n, valid):
 @triton.jit
 def _centre(d, pieces, valid, eps):
     """Mean, 1 / sqrt(variance + eps), 0 where not valid, and the pieces minus the mean, in float32."""
-    mean = tl.sum(pieces[0].to(tl.float32), 1)
+    mean = _over_channels(pieces[0].to(tl.float32))
     for i in tl.static_range(1, len(d.widths)):
-        mean += tl.sum(pieces[i].to(tl.float32), 1)
+        mean += _over_channels(pieces[i].to(tl.float32))
     mean /= d.width
     variance = tl.zeros(mean.shape, tl.float32)
     centred = ()
     for i in tl.static_range(len(d.widths)):
-        x = pieces[i].to(tl.float32) - mean[:, None]
+        x = pieces[i].to(tl.float32) - mean[None, :, None]
         if not d.exact:
-            x = tl.where((_columns(d.widths, i) < d.width)[None, :], x, 0.0)
-        variance += _sum_of_products(x, x, 1)
+            x = tl.where(_columns(d, i)[1][:, None, :], x, 0.0)
+        variance += tl.sum(_sum_of_products(x, x, 2), 0)
         centred = centred + (x,)
     return mean, tl.where(valid, tl.rsqrt(variance / d.width + eps), 0.0), centred
 
@@ -479,26 +493,26 @@ def _operands(d, pieces, mean, rstd, centred):
     else:
         normed = ()
         for i in tl.static_range(len(d.widths)):
-            normed = normed + ((centred[i] * rstd[:, None]).to(d.dtype),)
+            normed = normed + ((centred[i] * rstd[None, :, None]).to(d.dtype),)
         return normed, tl.zeros_like(mean), tl.full(mean.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def _normalised_cls(d, saved, eps):
-    """The pieces of x^_0, [channels] each, and its 1 / sqrt(variance + eps)."""
+    """The pieces of x^_0, [slices, channels] each, and its 1 / sqrt(variance + eps)."""
     pieces = ()
     mean = 0.0
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
-        x = _row(saved, CLS * padded(d.width) + c, c < d.width)
+        c, inside = _columns(d, i)
+        x = _row(saved, CLS * padded(d.width) + c, inside)
         pieces = pieces + (x,)
-        mean += tl.sum(x, 0)
+        mean += tl.sum(tl.sum(x, 1), 0)
     mean /= d.width
     variance = 0.0
     centred = ()
     for i in tl.static_range(len(d.widths)):
-        x = tl.where(_columns(d.widths, i) < d.width, pieces[i] - mean, 0.0)
-        variance += _sum_of_products(x, x, 0)
+        x = tl.where(_columns(d, i)[1], pieces[i] - mean, 0.0)
+        variance += tl.sum(_sum_of_products(x, x, 1), 0)
         centred = centred + (x,)
     rstd = tl.rsqrt(variance / d.width + eps)
     normed = ()
@@ -530,19 +544,40 @@ def _part(patches, split, splits, TOKENS: tl.constexpr):
 
 @triton.jit
 def _absorbed_queries(d, saved, hat, h, present):
-    """Pieces of gamma key_h [channels, heads] as the tensor cores see them, their sums, scores of x^_0."""
+    """Pieces of gamma key_h [slices, channels, heads] as the tensor cores see them, sums, scores of x^_0."""
     queries = ()
     sums = tl.zeros([d.head_tile], tl.float32)
     scores = tl.zeros([d.head_tile], tl.float32)
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
-        valid = (c < d.width)[:, None] & present[None, :]
-        key = _row(saved, (Z + d.heads + h[None, :]) * padded(d.width) + c[:, None], valid)
-        query = (key * _vector(d.gamma, c, c < d.width)[:, None]).to(d.dtype)
+        c, inside = _columns(d, i)
+        c = c[:, :, None]
+        inside = inside[:, :, None]
+        valid = inside & present[None, None, :]
+        key = _row(saved, (Z + d.heads + h[None, None, :]) * padded(d.width) + c, valid)
+        query = (key * _vector(d.gamma, c, inside)).to(d.dtype)
         queries = queries + (query,)
-        sums += tl.sum(query.to(tl.float32), 0)
-        scores += _sum_of_products(query.to(tl.float32), hat[i][:, None], 0)
+        sums += tl.sum(tl.sum(query.to(tl.float32), 1), 0)
+        scores += tl.sum(_sum_of_products(query.to(tl.float32), hat[i][:, :, None], 1), 0)
     return queries, sums, scores
+
+
+@triton.constexpr_function
+def copies(head_tile):
+    """How often each head stands in a tile of 16 rows, the smallest of the tensor cores."""
+    return max(1, 16 // head_tile)
+
+
+@triton.jit
+def _doubled(x):
+    """[.., heads] to [.., 16]: each head `copies` times in turn."""
+    if x.shape[-1] >= 16:
+        return x
+    else:
+        joined = tl.join(x, x)
+        if len(x.shape) == 1:
+            return tl.reshape(joined, (16,))
+        else:
+            return tl.reshape(joined, (x.shape[0], 16))
 
 
 @triton.jit
@@ -576,7 +611,7 @@ def _attend(
         shifts = tl.zeros([d.head_tile], tl.float32)
         z = ()
         for i in tl.static_range(len(d.widths)):
-            z = z + (hat[i][:, None] * (first * kept)[None, :],)
+            z = z + (hat[i][:, None, :] * _doubled(first * kept)[None, :, None],)
 
         begin, end = _part(patches, split, splits, TOKENS)
         for start in tl.range(begin, end, TOKENS):
@@ -587,9 +622,10 @@ def _attend(
                 _copy(d, image, start, n, valid, pieces)
             mean, rstd, centred = _centre(d, pieces, valid, eps)
             operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
-            scores = tl.zeros([TOKENS, d.head_tile], tl.float32)
+            partial = tl.zeros([d.slices, TOKENS, d.head_tile], tl.float32)
             for i in tl.static_range(len(d.widths)):
-                scores = tl.dot(operands[i], queries[i], scores, input_precision=PRECISION)
+                partial = tl.dot(operands[i], queries[i], partial, input_precision=PRECISION)
+            scores = tl.sum(partial, 0)
             scores = scale[:, None] * (scores - shift[:, None] * query_sums[None, :])
             if d.attention is not None:
                 address = d.attention + (image * d.heads + h)[None, :] * tokens + (1 + start + n)[:, None]
@@ -604,10 +640,13 @@ def _attend(
                 dropped_total = dropped_total * rescale + tl.sum(p, 0)
             weights = (p * scale[:, None]).to(dtype)
             shifts = shifts * rescale + _sum_of_products(weights.to(tl.float32), shift[:, None], 0)
+            rescales = _doubled(rescale)
+            rows: tl.constexpr = copies(d.head_tile) * d.head_tile
+            of_heads = tl.broadcast_to(tl.trans(_doubled(weights))[None, :, :], [d.slices, rows, TOKENS])
             added = ()
             for i in tl.static_range(len(d.widths)):
                 product = tl.dot(
-                    tl.trans(operands[i]), weights, z[i] * rescale[None, :], input_precision=PRECISION
+                    of_heads, operands[i], z[i] * rescales[None, :, None], input_precision=PRECISION
                 )
                 added = added + (product,)
             z = added
@@ -615,28 +654,34 @@ def _attend(
 
         lse = largest + tl.log2(total)
         sums = dropped_total / total if d.seed is not None else tl.full([d.head_tile], 1.0, tl.float32)
+        row = tl.arange(0, copies(d.head_tile) * d.head_tile)
+        of_row = tl.program_id(0) % tiles * d.head_tile + row // copies(d.head_tile)
+        wanted = (row % copies(d.head_tile) == 0) & (of_row < d.heads)
         if d.parts is None:
-            out = saved + (Z + h) * padded(d.width)
+            out = saved + (Z + of_row) * padded(d.width)
             numbers = saved + (Z + 2 * d.heads) * padded(d.width) + h
             tl.store(numbers, lse, mask=present)
             tl.store(numbers + padded(d.heads), sums, mask=present)
         else:
-            out = d.parts + ((image * splits + split) * d.heads + h) * (padded(d.width) + 16)
-            tl.store(out + padded(d.width), lse, mask=present)
-            tl.store(out + padded(d.width) + 1, sums, mask=present)
+            part = d.parts + (image * splits + split) * d.heads * (padded(d.width) + 16)
+            out = part + of_row * (padded(d.width) + 16)
+            numbers = part + h * (padded(d.width) + 16) + padded(d.width)
+            tl.store(numbers, lse, mask=present)
+            tl.store(numbers + 1, sums, mask=present)
         for i in tl.static_range(len(d.widths)):
-            c = _columns(d.widths, i)
-            value = (z[i] - shifts[None, :]) / total[None, :]
-            tl.store(out[None, :] + c[:, None], value, mask=(c < d.width)[:, None] & present[None, :])
+            c, inside = _columns(d, i)
+            value = (z[i] - _doubled(shifts)[None, :, None]) / _doubled(total)[None, :, None]
+            mask = inside[:, None, :] & wanted[None, :, None]
+            tl.store(out[None, :, None] + c[:, None, :], value, mask=mask)
 
 
 @triton.jit
 def _copy(d, image, start, n, valid, pieces):
     base = d.copy + image * d.copy_batch + start.to(tl.int64) * d.copy_token
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
+        c, inside = _columns(d, i)
         address = _at(base, n, d.copy_token, c, d.copy_channel)
-        tl.store(address, pieces[i], mask=valid[:, None] & (c < d.width)[None, :])
+        tl.store(address, pieces[i], mask=valid[None, :, None] & inside[:, None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "patches_a", "patches_b", "splits_a", "splits_b", "threshold"])
@@ -814,15 +859,18 @@ def values_backward(a, b, batch, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECIS
 
 
 @triton.jit
-def _pairs(d, saved, heads, tile: tl.constexpr, c, dtype: tl.constexpr):
-    """Rows of a head tile, [2 x 8, channels]: the query of a head and the gradient of its z in turn."""
+def _pairs(d, saved, heads, tile: tl.constexpr, piece: tl.constexpr, dtype: tl.constexpr):
+    """Rows of a head tile, [slices, 2 x 8, channels]: a head's query and the gradient of its z in turn."""
+    c, inside = _columns(d, piece)
     row = tl.arange(0, 16)
     h = tile * 8 + row // 2
-    valid = (h < d.heads)[:, None] & (c < d.width)[None, :]
-    is_query = (row % 2 == 0)[:, None]
-    query = _row(saved, (Z + d.heads + h)[:, None] * padded(d.width) + c[None, :], valid & is_query)
-    d_z = _row(heads, h[:, None] * padded(d.width) + c[None, :], valid & (row % 2 == 1)[:, None])
-    return ((query + d_z) * _vector(d.gamma, c, c < d.width)[None, :]).to(dtype)
+    c = c[:, None, :]
+    inside = inside[:, None, :]
+    valid = (h < d.heads)[None, :, None] & inside
+    is_query = (row % 2 == 0)[None, :, None]
+    query = _row(saved, (Z + d.heads + h)[None, :, None] * padded(d.width) + c, valid & is_query)
+    d_z = _row(heads, h[None, :, None] * padded(d.width) + c, valid & (row % 2 == 1)[None, :, None])
+    return ((query + d_z) * _vector(d.gamma, c, inside)).to(dtype)
 
 
 @triton.jit
@@ -848,7 +896,7 @@ def _numbers_of_heads(d, saved, numbers, tile: tl.constexpr):
 def _softmax_backward(
     d, image, tile: tl.constexpr, products, n, valid, tokens, of_heads, threshold, keep_scale
 ):
-    """From scores and dz . x^ in turn, [tokens, 16]: their gradients, ds and p, in turn."""
+    """From scores and dz . x^ in turn, [tokens, 16]: ds and the p that multiplies dz, [tokens, 8]."""
     h = tile * 8 + tl.arange(0, 8)
     present = h < d.heads
     scores, d_p = tl.split(tl.reshape(products, (products.shape[0], 8, 2)))
@@ -863,7 +911,7 @@ def _softmax_backward(
         address = (image * d.heads + h)[None, :] * tokens + n[:, None]
         d_p += _row(d.d_attention, address, valid[:, None] & present[None, :])
     d_scores = LN2 * p * (d_p - sums[None, :])
-    return _interleave(d_scores, dropped)
+    return d_scores, dropped
 
 
 @triton.jit
@@ -876,10 +924,10 @@ def _all_pairs(d, saved, heads, hat, dtype: tl.constexpr):
         sums = tl.zeros([16], tl.float32)
         products = tl.zeros([16], tl.float32)
         for i in tl.static_range(len(d.widths)):
-            pair = _pairs(d, saved, heads, tile, _columns(d.widths, i), dtype)
+            pair = _pairs(d, saved, heads, tile, i, dtype)
             pairs = pairs + (pair,)
-            sums += tl.sum(pair.to(tl.float32), 1)
-            products += _sum_of_products(pair.to(tl.float32), hat[i][None, :], 1)
+            sums += _over_channels(pair.to(tl.float32))
+            products += tl.sum(_sum_of_products(pair.to(tl.float32), hat[i][:, None, :], 2), 0)
         all_sums = all_sums + (sums,)
         all_products = all_products + (products,)
     return pairs, all_sums, all_products
@@ -894,13 +942,13 @@ def _store_d_cls_row(d, scratch, leads, pairs, pair_sums, products, coefficients
         mean_plain += _sum_of_products(coefficients[tile], pair_sums[tile], 0) / d.width
         mean_against += _sum_of_products(coefficients[tile], products[tile], 0) / d.width
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
+        c, inside = _columns(d, i)
         d_hat = tl.zeros(c.shape, tl.float32)
         for tile in tl.static_range(blocks(d.heads, 8)):
             pair = pairs[tile * len(d.widths) + i].to(tl.float32)
-            d_hat += _sum_of_products(coefficients[tile][:, None], pair, 0)
+            d_hat += _sum_of_products(coefficients[tile][None, :, None], pair, 1)
         value = rstd * (d_hat - mean_plain - hat[i] * mean_against)
-        tl.store(scratch + D_ROW * padded(d.width) + c, value, mask=(c < d.width) & leads)
+        tl.store(scratch + D_ROW * padded(d.width) + c, value, mask=inside & leads)
 
 
 @triton.jit
@@ -921,24 +969,34 @@ def _attend_backward(
 
         # Tuples of pairs have an entry for each head tile and piece: tile * pieces + piece.
         pairs, pair_sums, cls_products = _all_pairs(d, saved, heads, hat, dtype)
+        # The gradients of queries: 16 rows are the heads of two tiles in turn. With one tile only, every
+        # other row is the gradient of a dz, which nobody wants.
+        tiles: tl.constexpr = blocks(d.heads, 8)
         of_heads = ()
         shifts = ()
         excesses = ()
-        d_pairs = ()
+        d_queries = ()
         of_cls = ()
-        for tile in tl.static_range(blocks(d.heads, 8)):
+        for tile in tl.static_range(tiles):
             of_heads = of_heads + (_numbers_of_heads(d, saved, numbers, tile),)
-            shifts = shifts + (tl.zeros([16], tl.float32),)
             zero = tl.zeros([1], tl.int32)
-            of_row = _softmax_backward(
+            d_scores, p = _softmax_backward(
                 d, image, tile, cls_products[tile][None, :], zero, zero == 0, tokens, of_heads[tile],
                 threshold, keep_scale,
             )  # fmt: skip
             # The CLS token is the first row of the first part.
-            of_cls = of_cls + (tl.where(leads, tl.reshape(of_row, (16,)), 0.0),)
-            excesses = excesses + (of_cls[tile],)
-            for i in tl.static_range(len(d.widths)):
-                d_pairs = d_pairs + (of_cls[tile][:, None] * hat[i][None, :],)
+            d_scores = tl.where(leads, d_scores, 0.0)
+            p = tl.where(leads, p, 0.0)
+            of_cls = of_cls + (tl.reshape(_interleave(d_scores, p), (16,)),)
+            if tile % 2 == 0:
+                before = d_scores
+            if tile % 2 == 1 or tile == tiles - 1:
+                second = d_scores if tile % 2 == 1 else p
+                of_row = tl.reshape(_interleave(before, second), (16,))
+                shifts = shifts + (tl.zeros([16], tl.float32),)
+                excesses = excesses + (of_row,)
+                for i in tl.static_range(len(d.widths)):
+                    d_queries = d_queries + (of_row[None, :, None] * hat[i][:, None, :],)
         _store_d_cls_row(d, scratch, leads, pairs, pair_sums, cls_products, of_cls, hat, rstd_cls)
 
         begin, end = _part(patches, split, splits, TOKENS)
@@ -950,87 +1008,95 @@ def _attend_backward(
             operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
             d_hat = ()
             for i in tl.static_range(len(d.widths)):
-                d_hat = d_hat + (tl.zeros([TOKENS, tl.constexpr(d.widths[i])], tl.float32),)
+                d_hat = d_hat + (tl.zeros([d.slices, TOKENS, tl.constexpr(d.widths[i])], tl.float32),)
             mean_plain = tl.zeros([TOKENS], tl.float32)
             mean_against = tl.zeros([TOKENS], tl.float32)
             unscale = tl.where(scale > 0, 1 / scale, 0.0)
-            new_d_pairs = ()
+            new_d_queries = ()
             new_shifts = ()
             new_excesses = ()
-            for tile in tl.static_range(blocks(d.heads, 8)):
-                products = tl.zeros([TOKENS, 16], tl.float32)
+            for tile in tl.static_range(tiles):
+                partial = tl.zeros([d.slices, TOKENS, 16], tl.float32)
                 for i in tl.static_range(len(d.widths)):
                     pair = pairs[tile * len(d.widths) + i]
-                    products = tl.dot(operands[i], tl.trans(pair), products, input_precision=PRECISION)
+                    partial = tl.dot(
+                        operands[i], tl.permute(pair, (0, 2, 1)), partial, input_precision=PRECISION
+                    )
+                products = tl.sum(partial, 0)
                 products = scale[:, None] * (products - shift[:, None] * pair_sums[tile][None, :])
-                coefficients = _softmax_backward(
+                d_score, weights = _softmax_backward(
                     d, image, tile, products, 1 + start + n, valid, tokens, of_heads[tile],
                     threshold, keep_scale,
                 )  # fmt: skip
-                rounded = coefficients.to(dtype)
+                rounded = _interleave(d_score, weights).to(dtype)
                 mean_plain += _sum_of_products(rounded.to(tl.float32), pair_sums[tile][None, :], 1)
                 mean_against += _sum_of_products(rounded.to(tl.float32), products, 1)
-                scaled = (coefficients * scale[:, None]).to(dtype)
-                seen = scaled.to(tl.float32)
-                new_shifts = new_shifts + (shifts[tile] + _sum_of_products(seen, shift[:, None], 0),)
-                new_excesses = new_excesses + (excesses[tile] + _sum_of_products(seen, unscale[:, None], 0),)
+                of_tokens = tl.broadcast_to(rounded[None, :, :], [d.slices, TOKENS, 16])
                 added = ()
                 for i in tl.static_range(len(d.widths)):
-                    added = added + (
-                        tl.dot(rounded, pairs[tile * len(d.widths) + i], d_hat[i], input_precision=PRECISION),
-                    )
-                    product = tl.dot(
-                        tl.trans(scaled),
-                        operands[i],
-                        d_pairs[tile * len(d.widths) + i],
-                        input_precision=PRECISION,
-                    )
-                    new_d_pairs = new_d_pairs + (product,)
+                    pair = pairs[tile * len(d.widths) + i]
+                    added = added + (tl.dot(of_tokens, pair, d_hat[i], input_precision=PRECISION),)
                 d_hat = added
-            d_pairs = new_d_pairs
+                if tile % 2 == 0:
+                    earlier = d_score
+                if tile % 2 == 1 or tile == tiles - 1:
+                    later = d_score if tile % 2 == 1 else weights
+                    scaled = (_interleave(earlier, later) * scale[:, None]).to(dtype)
+                    seen = scaled.to(tl.float32)
+                    shifted = _sum_of_products(seen, shift[:, None], 0)
+                    new_shifts = new_shifts + (shifts[tile // 2] + shifted,)
+                    left = _sum_of_products(seen, unscale[:, None], 0)
+                    new_excesses = new_excesses + (excesses[tile // 2] + left,)
+                    of_queries = tl.broadcast_to(tl.trans(scaled)[None, :, :], [d.slices, 16, TOKENS])
+                    for i in tl.static_range(len(d.widths)):
+                        product = tl.dot(
+                            of_queries,
+                            operands[i],
+                            d_queries[tile // 2 * len(d.widths) + i],
+                            input_precision=PRECISION,
+                        )
+                        new_d_queries = new_d_queries + (product,)
+            d_queries = new_d_queries
             shifts = new_shifts
             excesses = new_excesses
             if d.d_patches is not None:
-                _store_d_patches(
-                    d,
-                    image,
-                    start,
-                    n,
-                    valid,
-                    d_hat,
-                    centred,
-                    rstd,
-                    mean_plain / d.width,
-                    mean_against / d.width,
-                )
+                means = (mean_plain / d.width, mean_against / d.width)
+                _store_d_patches(d, image, start, n, valid, d_hat, pieces, mean, rstd, means)
 
-        # Of the pairs' gradients only those of the queries are wanted. But for rounding, ds sums to zero over
-        # the tokens. What is left multiplies all that the tokens have in common, so it is taken off with z,
-        # their mean under the attention.
+        # But for rounding, ds sums to zero over the tokens. What is left multiplies all that the tokens have
+        # in common, so it is taken off with z, their mean under the attention.
         row = tl.arange(0, 16)
-        for tile in tl.static_range(blocks(d.heads, 8)):
-            h = tile * 8 + row // 2
-            wanted = (row % 2 == 0) & (h < d.heads)
+        for group in tl.static_range(blocks(tiles, 2)):
+            h = (2 * group + row % 2) * 8 + row // 2
+            wanted = (row % 2 == 0) & (h < d.heads) if 2 * group + 1 == tiles else h < d.heads
             sums = _row(saved + (Z + 2 * d.heads) * padded(d.width) + padded(d.heads), h, wanted)
-            excess = tl.where(sums > 0, excesses[tile] / sums, 0.0)
+            excess = tl.where(sums > 0, excesses[group] / sums, 0.0)
             for i in tl.static_range(len(d.widths)):
-                c = _columns(d.widths, i)
-                mask = wanted[:, None] & (c < d.width)[None, :]
-                z = _row(saved, (Z + h)[:, None] * padded(d.width) + c[None, :], mask)
-                value = d_pairs[tile * len(d.widths) + i] - shifts[tile][:, None] - excess[:, None] * z
-                out = d.parts + ((image * splits + split) * d.heads + h[:, None]) * padded(d.width)
-                tl.store(out + c[None, :], value, mask=mask)
+                c, inside = _columns(d, i)
+                mask = wanted[None, :, None] & inside[:, None, :]
+                z = _row(saved, (Z + h)[None, :, None] * padded(d.width) + c[:, None, :], mask)
+                value = d_queries[group * len(d.widths) + i] - shifts[group][None, :, None]
+                value -= excess[None, :, None] * z
+                part = (image * splits + split) * d.heads + h[None, :, None]
+                out = d.parts + part * padded(d.width) + c[:, None, :]
+                tl.store(out, value, mask=mask)
 
 
 @triton.jit
-def _store_d_patches(d, image, start, n, valid, d_hat, centred, rstd, mean_plain, mean_against):
-    """dx = r (dx^ - mean(dx^) - x^ mean(dx^ x^)), plus what comes in for the copy of the tokens."""
+def _store_d_patches(d, image, start, n, valid, d_hat, pieces, mean, rstd, means):
+    """dx = r (dx^ - mean(dx^) - x^ mean(dx^ x^)), plus what comes in for the copy of the tokens.
+
+    From the tokens as they were loaded: centred ones need not stay in registers until here.
+    """
     base = d.d_patches + image * d.d_patches_batch + start.to(tl.int64) * d.d_patches_token
+    slope = -rstd * rstd * means[1]
+    constant = -rstd * means[0]
     for i in tl.static_range(len(d.widths)):
-        c = _columns(d.widths, i)
-        mask = valid[:, None] & (c < d.width)[None, :]
-        hat = centred[i] * rstd[:, None]
-        value = rstd[:, None] * (d_hat[i] - mean_plain[:, None] - hat * mean_against[:, None])
+        c, inside = _columns(d, i)
+        mask = valid[None, :, None] & inside[:, None, :]
+        centred = pieces[i].to(tl.float32) - mean[None, :, None]
+        along = centred * slope[None, :, None] + constant[None, :, None]
+        value = d_hat[i] * rstd[None, :, None] + along
         if d.d_copy is not None:
             incoming = d.d_copy + image * d.d_copy_batch + start.to(tl.int64) * d.d_copy_token
             value += _row(_at(incoming, n, d.d_copy_token, c, d.d_copy_channel), 0, mask)

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from . import triton_kernels as kernels
 from .directions import Direction, ForwardOutputs, Gradients
 from .operands import Weights
 from .triton_table import Configuration, configuration
+
+_STEP_BYTES = 2**15  # of a weight that a program of a head reads in one step
 
 # The tensors of `Direction.weights`; bk cancels in the softmax.
 _ATTENTION = ("gamma", "beta", "wq", "bq", "wk", "bk", "wv", "bv", "wo", "bo")
@@ -42,10 +45,13 @@ def _arguments(name: str, *fields: str) -> Any:
 
 # What each kind of kernel gets of a direction and reads by name; None for what is absent. A kernel that is
 # given less is compiled again less often, because the strides, the alignment and the absence of anything that
-# it is given are constants of its compilation. Strides count elements, `d_` stands before a gradient, `own` is
-# the CLS token of the branch itself, `new` what it becomes, `copy` a copy of the patches; `parts` is what the
-# programs of one image leave for the kernel that merges them.
-_CONSTANTS = ("width", "own_width", "heads", "head_tile", "widths", "exact", "stream", "score_scale", "dtype")
+# it is given are constants of its compilation. Strides count elements, `d_` stands before a gradient, `own`
+# is the CLS token of the branch itself, `new` what it becomes, `copy` a copy of the patches; `parts` is what
+# the programs of one image leave for the kernel that merges them.
+_CONSTANTS = (
+    *("width", "own_width", "heads", "head_tile", "slices", "slice", "widths", "exact"),
+    *("stream", "score_scale", "dtype"),
+)
 _BUFFERS = (*_CONSTANTS, "saved", "scratch", "parts")
 _CHAIN = (
     *(*_BUFFERS, *_rows("own", "new", "d_new", "d_cls"), *_WEIGHTS, "seed"),
@@ -67,13 +73,21 @@ def saved_floats(width: int, heads: int) -> int:
 
 @cache
 def pieces(width: int) -> tuple[int, ...]:
-    """Powers of two, three at most and 16 at least, that cover the width with the least waste."""
+    """Powers of two, two at most and 16 at least, that cover the width with the least waste."""
     unit = 16
     while True:
         units = -(-width // unit)
-        if units.bit_count() <= 3:
+        if units.bit_count() <= 2:
             return tuple(unit << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1)
         unit *= 2
+
+
+def cut(width: int, warps: int) -> tuple[int, int]:
+    """(slices, channels of one): one for each warp, as long as a slice has the 16 channels of a product."""
+    slices = warps
+    while slices > 1 and slices * 16 > width:
+        slices //= 2
+    return slices, -(-width // (8 * slices)) * 8
 
 
 def _named(weights: Weights) -> dict[str, Any]:
@@ -103,10 +117,11 @@ def _of_tokens(name: str, x: Tensor | None) -> dict[str, Any]:
     return dict(zip(_tokens(name), (x, *x.stride()), strict=True))
 
 
-def _direction(task: Direction, saved: Tensor, head_tile: int) -> dict[str, Any]:
+def _direction(task: Direction, saved: Tensor, config: Configuration) -> dict[str, Any]:
     """What forward and backward have in common."""
     width = task.patches.shape[2]
-    widths = pieces(width)
+    slices, channels = cut(width, config.warps)
+    widths = pieces(channels)
     weights = _named(task.weights)
     matrices = {"project_stride": "project_weight", "back_stride": "back_weight"}
     matrices |= {f"{name}_stride": name for name in ("wq", "wk", "wv", "wo")}
@@ -115,9 +130,11 @@ def _direction(task: Direction, saved: Tensor, head_tile: int) -> dict[str, Any]
         "width": tl.constexpr(width),
         "own_width": tl.constexpr(task.cls.shape[2]),
         "heads": tl.constexpr(task.num_heads),
-        "head_tile": tl.constexpr(head_tile),
+        "head_tile": tl.constexpr(config.head_tile),
         "widths": tl.constexpr(widths),
-        "exact": tl.constexpr(sum(widths) == width),
+        "slices": tl.constexpr(slices),
+        "slice": tl.constexpr(channels),
+        "exact": tl.constexpr(sum(widths) == channels and slices * channels == width),
         "stream": tl.constexpr(task.stream),
         "score_scale": tl.constexpr((width // task.num_heads) ** -0.5),
         "dtype": tl.constexpr(_DTYPES[weights["wq"].dtype]),
@@ -144,8 +161,19 @@ class _Launcher:
     def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
         """A kernel of the chain, `programs` of a direction for each `kernels.ROWS` images."""
         blocks = -(-self.batch // kernels.ROWS.value) * max(programs(d) for d in self.directions)
-        options = {"BLOCK": self.config.block, "num_warps": self.config.block_warps}
-        self._launch(kernel, blocks, OfChain, args, **options)
+        self._launch(kernel, blocks, OfChain, args, **self._chain(self.config.block))
+
+    def heads(self, kernel: Any, *args: Any) -> None:
+        """A kernel of the chain whose programs are a head each; wide heads take fewer channels a step."""
+        block = self.config.block
+        of_a_channel = max(
+            kernels.head_block(d["width"].value // d["heads"].value) * d["wq"].element_size()
+            for d in self.directions
+        )
+        while block > kernels.ROWS.value and block * of_a_channel > _STEP_BYTES:
+            block //= 2
+        blocks = -(-self.batch // kernels.ROWS.value) * max(d["heads"].value for d in self.directions)
+        self._launch(kernel, blocks, OfChain, args, **self._chain(block))
 
     def tokens(self, kernel: Any, programs: int, *args: Any) -> None:
         """A kernel of the attention over the tokens."""
@@ -157,7 +185,7 @@ class _Launcher:
         """The gradients of the parameters, `jobs` a direction; a program is a tile of the largest."""
         count = len(self.directions)
         tiles = max(self._largest_parameter(d) for d in self.directions)
-        options = {"BLOCK": self.config.block, "num_warps": self.config.block_warps}
+        options = self._chain(self.config.block)
         kernel[tiles, jobs * count](
             *self._pair(OfParameters),
             self.batch,
@@ -166,6 +194,10 @@ class _Launcher:
             PRECISION=self.precision,
             **options,
         )
+
+    def _chain(self, block: int) -> dict[str, int]:
+        # Loads one step ahead: more does not fit beside wide heads on GPUs with 99 KB of shared memory.
+        return {"BLOCK": block, "num_warps": self.config.block_warps, "num_stages": 2}
 
     def columns(self, width: int) -> int:
         """Programs that cover a width."""
@@ -196,6 +228,12 @@ class _Launcher:
 def _device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _architecture() -> str:
+    """Of the current device, as triton_table.py names it."""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 @cache
@@ -237,7 +275,7 @@ def forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, drop
 
 def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    config = configuration(tasks, backward=False)
+    config = configuration(tasks, False, _architecture())
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
     programs = [batch * -(-t.num_heads // config.head_tile) for t in tasks]
@@ -245,7 +283,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
     parts = [splits(sum(programs), count, config.tokens, _multiprocessors(device)) for count in counts]
     given = []
     for (task, out), part in zip(directions, parts, strict=True):
-        direction = _direction(task, out.saved, config.head_tile)
+        direction = _direction(task, out.saved, config)
         if not fuses:
             out.saved[:, : task.cls.shape[2]].copy_(task.cls[:, 0])
         shape = (batch, part, task.num_heads, kernels.padded(task.patches.shape[2]) + 16)
@@ -261,7 +299,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
     launcher = _Launcher(given, config)
     if fuses:
         launcher.rows(kernels.project, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.rows(kernels.absorb, lambda d: d["heads"].value, eps)
+    launcher.heads(kernels.absorb, eps)
     launcher.tokens(
         kernels.attend,
         max(p * s for p, s in zip(programs, parts, strict=True)),
@@ -270,7 +308,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
         eps,
         *_dropout(directions, dropout_p),
     )
-    launcher.rows(kernels.values, lambda d: d["heads"].value, *_first_and_last(parts))
+    launcher.heads(kernels.values, *_first_and_last(parts))
     launcher.rows(kernels.output, lambda d: launcher.columns(d["width"].value))
     if fuses:
         launcher.rows(kernels.back, lambda d: launcher.columns(d["own_width"].value), eps)
@@ -297,7 +335,7 @@ def backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_
 
 def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    config = configuration(tasks, backward=True)
+    config = configuration(tasks, True, _architecture())
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
     counts = [t.patches.shape[1] for t in tasks]
@@ -312,7 +350,7 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
         weights = {} if gradients.to_weights is None else _named(gradients.to_weights)
         given.append(
             {
-                **_direction(task, gradients.saved, config.head_tile),
+                **_direction(task, gradients.saved, config),
                 "scratch": empty(batch, kernels.scratch_columns(width, own_width, heads)),
                 "parts": empty(batch, part, heads, kernels.padded(width)),
                 **_of_rows("d_new", gradients.cls),
@@ -328,7 +366,7 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
     if fuses:
         launcher.rows(kernels.back_backward, lambda d: launcher.columns(d["width"].value), eps)
     launcher.rows(kernels.output_backward, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.rows(kernels.values_backward, lambda d: d["heads"].value)
+    launcher.heads(kernels.values_backward)
     for (task, gradients), direction in zip(directions, given, strict=True):
         if gradients.attention is not None:
             attention, incoming = gradients.attention
@@ -341,7 +379,7 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
         eps,
         *_dropout(directions, dropout_p),
     )
-    launcher.rows(kernels.absorb_backward, lambda d: d["heads"].value, *_first_and_last(parts))
+    launcher.heads(kernels.absorb_backward, *_first_and_last(parts))
     launcher.rows(kernels.query_backward, lambda d: launcher.columns(d["width"].value), eps)
     if fuses:
         launcher.rows(kernels.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)

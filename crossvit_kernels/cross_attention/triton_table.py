@@ -20,7 +20,8 @@ class Configuration:
     Attributes:
         tokens: tokens a step of the attention.
         head_tile: heads of a program of `attend`, 8 or 16.
-        warps, stages: of the attention.
+        warps, stages: of the attention. Every warp has a slice of the channels, so that more warps mean fewer
+            registers of each, but more of what all warps do alike: the softmax.
         block: channels of a tile of the chain; block_warps its warps.
     """
 
@@ -48,14 +49,17 @@ FAMILIES = {
 # (family, backward, bytes of the larger element of tokens and weights) -> rows of (largest width, tokens,
 # warps, stages). The last row stands for all greater widths too.
 #
-# Tokens: 16 is the least of a matrix product; more do not fit into the registers. Warps: 4 up to 256 channels
-# and 8 from there on, for the same reason. Stages: 2 loads one step ahead; 1 where the second buffer does not
-# fit into shared memory.
+# Tokens: 16 is the least of a matrix product. 32 halve the barriers and the shared work of a step, where the
+# registers suffice. Warps: a slice of at most 112 channels a warp forward, 56 backward, where gradients of
+# tokens and queries are kept beside them. Stages: 2 loads one step ahead; 1 where the second buffer and the
+# pairs of queries and gradients do not both fit into shared memory.
 #
-# No row serves 768 channels of 12 heads, which spill registers on NVIDIA's targets, forward and backward.
+# No row serves these: backward at 768 channels of 12 heads, two tiles of heads, which spills registers
+# on all targets and has pairs larger than the shared memory of "small"; on "small", backward of float32
+# matrices at 448.
 _CHOSEN: dict[tuple[str, bool, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("large", False, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 2)),
-    ("small", False, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 2)),
+    ("large", False, 2): ((256, 32, 4, 2), (512, 32, 4, 2), (1024, 16, 8, 2)),
+    ("small", False, 2): ((256, 32, 4, 2), (512, 32, 4, 2), (1024, 16, 8, 2)),
     ("amd", False, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
     ("large", False, 4): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 2)),
     ("small", False, 4): ((256, 16, 4, 2), (512, 16, 8, 1), (1024, 16, 8, 1)),
@@ -85,7 +89,7 @@ def nearest(architecture: str) -> str:
     return max(lower, key=lambda name: int(name[3:]), default="sm_80")
 
 
-def configuration(directions: list[Direction], backward: bool, architecture: str = "sm_80") -> Configuration:
+def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:
     """The configuration for these directions; the wider one decides, for both are in one launch."""
     architecture = nearest(architecture)
     width = max(d.patches.shape[2] for d in directions)
