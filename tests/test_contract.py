@@ -42,7 +42,10 @@ from tests.operations import Size, Spread, leaves, relative_error
     indirect=["subject"],
 )
 def test_equals_multi_head_attention(subject, size):
-    check(subject, subject.operation.inputs(size, subject.exact), size)
+    # Products of float32 do not run on tensor cores: wide ones take minutes to interpret.
+    wide = subject.interpreted and max(size.width, size.other_width) > 128
+    dtype = torch.bfloat16 if wide else subject.exact
+    check(subject, subject.operation.inputs(size, dtype), size)
 
 
 @all_subjects

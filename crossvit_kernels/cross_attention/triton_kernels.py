@@ -859,7 +859,7 @@ def values_backward(a, b, batch, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECIS
 
 
 @triton.jit
-def _pairs(d, saved, heads, tile: tl.constexpr, piece: tl.constexpr, dtype: tl.constexpr):
+def _pairs(d, saved, heads, tile, piece: tl.constexpr):
     """Rows of a head tile, [slices, 2 x 8, channels]: a head's query and the gradient of its z in turn."""
     c, inside = _columns(d, piece)
     row = tl.arange(0, 16)
@@ -870,21 +870,11 @@ def _pairs(d, saved, heads, tile: tl.constexpr, piece: tl.constexpr, dtype: tl.c
     is_query = (row % 2 == 0)[None, :, None]
     query = _row(saved, (Z + d.heads + h)[None, :, None] * padded(d.width) + c, valid & is_query)
     d_z = _row(heads, h[None, :, None] * padded(d.width) + c, valid & (row % 2 == 1)[None, :, None])
-    return ((query + d_z) * _vector(d.gamma, c, inside)).to(dtype)
+    return ((query + d_z) * _vector(d.gamma, c, inside)).to(d.dtype)
 
 
 @triton.jit
-def _interleave(x, y):
-    """[.., 8] and [.., 8] to [.., 16]."""
-    joined = tl.join(x, y)
-    if len(x.shape) == 1:
-        return tl.reshape(joined, (16,))
-    else:
-        return tl.reshape(joined, (x.shape[0], 16))
-
-
-@triton.jit
-def _numbers_of_heads(d, saved, numbers, tile: tl.constexpr):
+def _numbers_of_heads(d, saved, numbers, tile):
     """Of the heads of a tile: the log-sum-exp, sum_n p_n dp_n, the gradient of the attention's sum."""
     h = tile * 8 + tl.arange(0, 8)
     present = h < d.heads
@@ -893,10 +883,8 @@ def _numbers_of_heads(d, saved, numbers, tile: tl.constexpr):
 
 
 @triton.jit
-def _softmax_backward(
-    d, image, tile: tl.constexpr, products, n, valid, tokens, of_heads, threshold, keep_scale
-):
-    """From scores and dz . x^ in turn, [tokens, 16]: ds and the p that multiplies dz, [tokens, 8]."""
+def _softmax_backward(d, image, tile, products, n, valid, tokens, of_heads, threshold, keep_scale):
+    """From scores and dz . x^ in turn, [tokens, 16]: ds and the p that multiplies dz, in turn."""
     h = tile * 8 + tl.arange(0, 8)
     present = h < d.heads
     scores, d_p = tl.split(tl.reshape(products, (products.shape[0], 8, 2)))
@@ -911,44 +899,36 @@ def _softmax_backward(
         address = (image * d.heads + h)[None, :] * tokens + n[:, None]
         d_p += _row(d.d_attention, address, valid[:, None] & present[None, :])
     d_scores = LN2 * p * (d_p - sums[None, :])
-    return d_scores, dropped
+    return tl.reshape(tl.join(d_scores, dropped), (products.shape[0], 16))
 
 
 @triton.jit
-def _all_pairs(d, saved, heads, hat, dtype: tl.constexpr):
-    """The pairs of all head tiles and pieces; of each tile, their sums and their products with x^_0."""
+def _all_pairs(d, saved, heads, tile, hat):
+    """The pairs of all pieces, their sums and their products with x^_0."""
     pairs = ()
-    all_sums = ()
-    all_products = ()
-    for tile in tl.static_range(blocks(d.heads, 8)):
-        sums = tl.zeros([16], tl.float32)
-        products = tl.zeros([16], tl.float32)
-        for i in tl.static_range(len(d.widths)):
-            pair = _pairs(d, saved, heads, tile, i, dtype)
-            pairs = pairs + (pair,)
-            sums += _over_channels(pair.to(tl.float32))
-            products += tl.sum(_sum_of_products(pair.to(tl.float32), hat[i][:, None, :], 2), 0)
-        all_sums = all_sums + (sums,)
-        all_products = all_products + (products,)
-    return pairs, all_sums, all_products
+    sums = tl.zeros([16], tl.float32)
+    products = tl.zeros([16], tl.float32)
+    for i in tl.static_range(len(d.widths)):
+        pair = _pairs(d, saved, heads, tile, i)
+        pairs = pairs + (pair,)
+        sums += _over_channels(pair.to(tl.float32))
+        products += tl.sum(_sum_of_products(pair.to(tl.float32), hat[i][:, None, :], 2), 0)
+    return pairs, sums, products
 
 
 @triton.jit
-def _store_d_cls_row(d, scratch, leads, pairs, pair_sums, products, coefficients, hat, rstd):
-    """The gradient of c as the first row of the attention, as _store_d_patches has it of the others."""
-    mean_plain = 0.0
-    mean_against = 0.0
-    for tile in tl.static_range(blocks(d.heads, 8)):
-        mean_plain += _sum_of_products(coefficients[tile], pair_sums[tile], 0) / d.width
-        mean_against += _sum_of_products(coefficients[tile], products[tile], 0) / d.width
+def _add_d_cls_row(d, scratch, tile, leads, pairs, pair_sums, products, coefficients, hat, rstd):
+    """The gradient of c as the first row of the attention, as _add_d_patches has it of the others."""
+    mean_plain = _sum_of_products(coefficients, pair_sums, 0) / d.width
+    mean_against = _sum_of_products(coefficients, products, 0) / d.width
     for i in tl.static_range(len(d.widths)):
         c, inside = _columns(d, i)
-        d_hat = tl.zeros(c.shape, tl.float32)
-        for tile in tl.static_range(blocks(d.heads, 8)):
-            pair = pairs[tile * len(d.widths) + i].to(tl.float32)
-            d_hat += _sum_of_products(coefficients[tile][None, :, None], pair, 1)
+        at = scratch + D_ROW * padded(d.width) + c
+        d_hat = _sum_of_products(coefficients[None, :, None], pairs[i].to(tl.float32), 1)
         value = rstd * (d_hat - mean_plain - hat[i] * mean_against)
-        tl.store(scratch + D_ROW * padded(d.width) + c, value, mask=inside & leads)
+        if d.heads > 8:
+            value += _row(at, 0, inside & leads & (tile > 0))
+        tl.store(at, value, mask=inside & leads)
 
 
 @triton.jit
@@ -958,7 +938,6 @@ def _attend_backward(
     image = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     if image < batch:
-        dtype = d.dtype
         tokens = patches + 1
         saved = d.saved + image * saved_columns(d.width, d.heads)
         scratch = d.scratch + image * scratch_columns(d.width, d.own_width, d.heads)
@@ -966,142 +945,116 @@ def _attend_backward(
         numbers = heads + PER_HEAD * d.heads * padded(d.width)
         leads = split == 0
         hat, rstd_cls = _normalised_cls(d, saved, eps)
-
-        # Tuples of pairs have an entry for each head tile and piece: tile * pieces + piece.
-        pairs, pair_sums, cls_products = _all_pairs(d, saved, heads, hat, dtype)
-        # The gradients of queries: 16 rows are the heads of two tiles in turn. With one tile only, every
-        # other row is the gradient of a dz, which nobody wants.
-        tiles: tl.constexpr = blocks(d.heads, 8)
-        of_heads = ()
-        shifts = ()
-        excesses = ()
-        d_queries = ()
-        of_cls = ()
-        for tile in tl.static_range(tiles):
-            of_heads = of_heads + (_numbers_of_heads(d, saved, numbers, tile),)
-            zero = tl.zeros([1], tl.int32)
-            d_scores, p = _softmax_backward(
-                d, image, tile, cls_products[tile][None, :], zero, zero == 0, tokens, of_heads[tile],
-                threshold, keep_scale,
-            )  # fmt: skip
-            # The CLS token is the first row of the first part.
-            d_scores = tl.where(leads, d_scores, 0.0)
-            p = tl.where(leads, p, 0.0)
-            of_cls = of_cls + (tl.reshape(_interleave(d_scores, p), (16,)),)
-            if tile % 2 == 0:
-                before = d_scores
-            if tile % 2 == 1 or tile == tiles - 1:
-                second = d_scores if tile % 2 == 1 else p
-                of_row = tl.reshape(_interleave(before, second), (16,))
-                shifts = shifts + (tl.zeros([16], tl.float32),)
-                excesses = excesses + (of_row,)
-                for i in tl.static_range(len(d.widths)):
-                    d_queries = d_queries + (of_row[None, :, None] * hat[i][:, None, :],)
-        _store_d_cls_row(d, scratch, leads, pairs, pair_sums, cls_products, of_cls, hat, rstd_cls)
-
         begin, end = _part(patches, split, splits, TOKENS)
-        for start in tl.range(begin, end, TOKENS):
-            n = tl.arange(0, TOKENS)
-            valid = start + n < end
-            pieces = _load_tokens(d, image, start, n, valid)
-            mean, rstd, centred = _centre(d, pieces, valid, eps)
-            operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
-            d_hat = ()
+
+        # More heads than a tile read the tokens again, and add to their gradients: registers hold no more.
+        for tile in tl.range(0, blocks(d.heads, 8)):
+            of_heads = _numbers_of_heads(d, saved, numbers, tile)
+            pairs, pair_sums, cls_products = _all_pairs(d, saved, heads, tile, hat)
+            zero = tl.zeros([1], tl.int32)
+            of_row = _softmax_backward(
+                d,
+                image,
+                tile,
+                cls_products[None, :],
+                zero,
+                zero == 0,
+                tokens,
+                of_heads,
+                threshold,
+                keep_scale,
+            )
+            # The CLS token is the first row of the first part.
+            of_cls = tl.where(leads, tl.reshape(of_row, (16,)), 0.0)
+            _add_d_cls_row(d, scratch, tile, leads, pairs, pair_sums, cls_products, of_cls, hat, rstd_cls)
+            shifts = tl.zeros([16], tl.float32)
+            excess = of_cls
+            d_pairs = ()
             for i in tl.static_range(len(d.widths)):
-                d_hat = d_hat + (tl.zeros([d.slices, TOKENS, tl.constexpr(d.widths[i])], tl.float32),)
-            mean_plain = tl.zeros([TOKENS], tl.float32)
-            mean_against = tl.zeros([TOKENS], tl.float32)
-            unscale = tl.where(scale > 0, 1 / scale, 0.0)
-            new_d_queries = ()
-            new_shifts = ()
-            new_excesses = ()
-            for tile in tl.static_range(tiles):
+                d_pairs = d_pairs + (of_cls[None, :, None] * hat[i][:, None, :],)
+
+            for start in tl.range(begin, end, TOKENS):
+                n = tl.arange(0, TOKENS)
+                valid = start + n < end
+                pieces = _load_tokens(d, image, start, n, valid)
+                mean, rstd, centred = _centre(d, pieces, valid, eps)
+                operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
                 partial = tl.zeros([d.slices, TOKENS, 16], tl.float32)
                 for i in tl.static_range(len(d.widths)):
-                    pair = pairs[tile * len(d.widths) + i]
-                    partial = tl.dot(
-                        operands[i], tl.permute(pair, (0, 2, 1)), partial, input_precision=PRECISION
-                    )
+                    pair = tl.permute(pairs[i], (0, 2, 1))
+                    partial = tl.dot(operands[i], pair, partial, input_precision=PRECISION)
                 products = tl.sum(partial, 0)
-                products = scale[:, None] * (products - shift[:, None] * pair_sums[tile][None, :])
-                d_score, weights = _softmax_backward(
-                    d, image, tile, products, 1 + start + n, valid, tokens, of_heads[tile],
-                    threshold, keep_scale,
-                )  # fmt: skip
-                rounded = _interleave(d_score, weights).to(dtype)
-                mean_plain += _sum_of_products(rounded.to(tl.float32), pair_sums[tile][None, :], 1)
-                mean_against += _sum_of_products(rounded.to(tl.float32), products, 1)
+                products = scale[:, None] * (products - shift[:, None] * pair_sums[None, :])
+                coefficients = _softmax_backward(
+                    d, image, tile, products, 1 + start + n, valid, tokens, of_heads, threshold, keep_scale
+                )
+                rounded = coefficients.to(d.dtype)
+                means = (
+                    _sum_of_products(rounded.to(tl.float32), pair_sums[None, :], 1) / d.width,
+                    _sum_of_products(rounded.to(tl.float32), products, 1) / d.width,
+                )
+                scaled = (coefficients * scale[:, None]).to(d.dtype)
+                seen = scaled.to(tl.float32)
+                unscale = tl.where(scale > 0, 1 / scale, 0.0)
+                shifts += _sum_of_products(seen, shift[:, None], 0)
+                excess += _sum_of_products(seen, unscale[:, None], 0)
                 of_tokens = tl.broadcast_to(rounded[None, :, :], [d.slices, TOKENS, 16])
+                of_pairs = tl.broadcast_to(tl.trans(scaled)[None, :, :], [d.slices, 16, TOKENS])
                 added = ()
                 for i in tl.static_range(len(d.widths)):
-                    pair = pairs[tile * len(d.widths) + i]
-                    added = added + (tl.dot(of_tokens, pair, d_hat[i], input_precision=PRECISION),)
-                d_hat = added
-                if tile % 2 == 0:
-                    earlier = d_score
-                if tile % 2 == 1 or tile == tiles - 1:
-                    later = d_score if tile % 2 == 1 else weights
-                    scaled = (_interleave(earlier, later) * scale[:, None]).to(dtype)
-                    seen = scaled.to(tl.float32)
-                    shifted = _sum_of_products(seen, shift[:, None], 0)
-                    new_shifts = new_shifts + (shifts[tile // 2] + shifted,)
-                    left = _sum_of_products(seen, unscale[:, None], 0)
-                    new_excesses = new_excesses + (excesses[tile // 2] + left,)
-                    of_queries = tl.broadcast_to(tl.trans(scaled)[None, :, :], [d.slices, 16, TOKENS])
+                    product = tl.dot(of_pairs, operands[i], d_pairs[i], input_precision=PRECISION)
+                    added = added + (product,)
+                d_pairs = added
+                if d.d_patches is not None:
                     for i in tl.static_range(len(d.widths)):
-                        product = tl.dot(
-                            of_queries,
-                            operands[i],
-                            d_queries[tile // 2 * len(d.widths) + i],
-                            input_precision=PRECISION,
+                        d_hat = tl.dot(of_tokens, pairs[i], input_precision=PRECISION)
+                        _add_d_patches(
+                            d, image, tile, start, n, valid, i, d_hat, pieces[i], mean, rstd, means
                         )
-                        new_d_queries = new_d_queries + (product,)
-            d_queries = new_d_queries
-            shifts = new_shifts
-            excesses = new_excesses
-            if d.d_patches is not None:
-                means = (mean_plain / d.width, mean_against / d.width)
-                _store_d_patches(d, image, start, n, valid, d_hat, pieces, mean, rstd, means)
 
-        # But for rounding, ds sums to zero over the tokens. What is left multiplies all that the tokens have
-        # in common, so it is taken off with z, their mean under the attention.
-        row = tl.arange(0, 16)
-        for group in tl.static_range(blocks(tiles, 2)):
-            h = (2 * group + row % 2) * 8 + row // 2
-            wanted = (row % 2 == 0) & (h < d.heads) if 2 * group + 1 == tiles else h < d.heads
-            sums = _row(saved + (Z + 2 * d.heads) * padded(d.width) + padded(d.heads), h, wanted)
-            excess = tl.where(sums > 0, excesses[group] / sums, 0.0)
-            for i in tl.static_range(len(d.widths)):
-                c, inside = _columns(d, i)
-                mask = wanted[None, :, None] & inside[:, None, :]
-                z = _row(saved, (Z + h)[None, :, None] * padded(d.width) + c[:, None, :], mask)
-                value = d_queries[group * len(d.widths) + i] - shifts[group][None, :, None]
-                value -= excess[None, :, None] * z
-                part = (image * splits + split) * d.heads + h[None, :, None]
-                out = d.parts + part * padded(d.width) + c[:, None, :]
-                tl.store(out, value, mask=mask)
+            _store_d_queries(d, image * splits + split, saved, tile, d_pairs, shifts, excess)
 
 
 @triton.jit
-def _store_d_patches(d, image, start, n, valid, d_hat, pieces, mean, rstd, means):
-    """dx = r (dx^ - mean(dx^) - x^ mean(dx^ x^)), plus what comes in for the copy of the tokens.
+def _store_d_queries(d, part, saved, tile, d_pairs, shifts, excess):
+    """Of the pairs' gradients only those of the queries are wanted.
 
-    From the tokens as they were loaded: centred ones need not stay in registers until here.
+    But for rounding, ds sums to zero over the tokens. What is left multiplies all that the tokens have in
+    common, so it is taken off with z, their mean under the attention.
     """
-    base = d.d_patches + image * d.d_patches_batch + start.to(tl.int64) * d.d_patches_token
-    slope = -rstd * rstd * means[1]
-    constant = -rstd * means[0]
+    row = tl.arange(0, 16)
+    h = tile * 8 + row // 2
+    wanted = (row % 2 == 0) & (h < d.heads)
+    sums = _row(saved + (Z + 2 * d.heads) * padded(d.width) + padded(d.heads), h, wanted)
+    excess = tl.where(sums > 0, excess / sums, 0.0)
     for i in tl.static_range(len(d.widths)):
         c, inside = _columns(d, i)
-        mask = valid[None, :, None] & inside[:, None, :]
-        centred = pieces[i].to(tl.float32) - mean[None, :, None]
-        along = centred * slope[None, :, None] + constant[None, :, None]
-        value = d_hat[i] * rstd[None, :, None] + along
-        if d.d_copy is not None:
-            incoming = d.d_copy + image * d.d_copy_batch + start.to(tl.int64) * d.d_copy_token
-            value += _row(_at(incoming, n, d.d_copy_token, c, d.d_copy_channel), 0, mask)
-        address = _at(base, n, d.d_patches_token, c, d.d_patches_channel)
-        tl.store(address, value.to(d.d_patches.dtype.element_ty), mask=mask)
+        mask = wanted[None, :, None] & inside[:, None, :]
+        z = _row(saved, (Z + h)[None, :, None] * padded(d.width) + c[:, None, :], mask)
+        value = d_pairs[i] - shifts[None, :, None] - excess[None, :, None] * z
+        out = d.parts + (part * d.heads + h[None, :, None]) * padded(d.width) + c[:, None, :]
+        tl.store(out, value, mask=mask)
+
+
+@triton.jit
+def _add_d_patches(d, image, tile, start, n, valid, piece: tl.constexpr, d_hat, x, mean, rstd, means):
+    """dx = r (dx^ - mean(dx^) - x^ mean(dx^ x^)), plus what comes in for the copy of the tokens.
+
+    From the tokens as they were loaded: centred ones need not stay in registers until here. A sum over the
+    heads: further tiles of them add to what is there.
+    """
+    c, inside = _columns(d, piece)
+    mask = valid[None, :, None] & inside[:, None, :]
+    along = (x.to(tl.float32) - mean[None, :, None]) * (rstd * rstd * means[1])[None, :, None]
+    value = (d_hat - means[0][None, :, None]) * rstd[None, :, None] - along
+    base = d.d_patches + image * d.d_patches_batch + start.to(tl.int64) * d.d_patches_token
+    address = _at(base, n, d.d_patches_token, c, d.d_patches_channel)
+    if d.heads > 8:
+        value += _row(address, 0, mask & (tile > 0))
+    if d.d_copy is not None:
+        incoming = d.d_copy + image * d.d_copy_batch + start.to(tl.int64) * d.d_copy_token
+        value += _row(_at(incoming, n, d.d_copy_token, c, d.d_copy_channel), 0, mask & (tile == 0))
+    tl.store(address, value.to(d.d_patches.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "patches_a", "patches_b", "splits_a", "splits_b", "threshold"])
