@@ -186,7 +186,7 @@ def test_the_attentions_kernels_keep_their_budget(architecture):
     for backward in (False, True):
         found = compile_case(Case((224, 448), 7, backward=backward), architecture, compile_table.ATTENTION)
         assert [(r.kernel, compile_table.verdict(r)) for r in found] == [(found[0].kernel, "ok")]
-        assert found[0].blocks >= 1
+        assert found[0].blocks >= (1 if backward else 2)
 
 
 @compiles

@@ -105,8 +105,8 @@ def test_tf32_only_where_it_is_allowed():
 
 
 def test_everything_at_once():
-    """Dropout, scales, the attention and its gradient, tokens with gaps: against the definition."""
-    size = Size(2, 33, 24, 2, 18, 40, 5)
+    """Dropout, scales, the attention and its gradient, tokens with gaps, two tiles of heads."""
+    size = Size(2, 33, 24, 12, 18, 40, 5)
     subject, exact = Subject(FUSION, "triton", "sm_90"), Subject(FUSION, "reference")
     count = len(FUSION.names)
     tensors = FUSION.inputs(size, torch.float32)
@@ -138,6 +138,16 @@ def test_everything_at_once():
 )
 def test_more_than_one_tile_of_everything(size, target):
     contract_of(ATTENTION, target, size, torch.float32)
+
+
+def test_tokens_that_are_nearly_the_same():
+    """As in a trained transformer: gradients of the queries are small sums of large terms that cancel."""
+    size = Size(2, 40, 64, 2)
+    tensors = ATTENTION.inputs(size, torch.bfloat16)
+    for i in ATTENTION.tokens:
+        tensors[i] = (torch.randn(64) * 2 + tensors[i].float() / 40).bfloat16()
+    with without_a_gpu("sm_90"):
+        check(Subject(ATTENTION, "triton", "sm_90"), tensors, size)
 
 
 def test_another_length_or_batch_compiles_nothing():

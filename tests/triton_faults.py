@@ -20,7 +20,7 @@ TRITON_FAULTS = tuple(
         (
             "the variance of the tokens counts the padding of the last piece",
             _KERNELS,
-            "x = tl.where((_columns(d.widths, i) < d.width)[None, :], x, 0.0)",
+            "x = tl.where(_columns(d, i)[1][:, None, :], x, 0.0)",
             "x = x + 0.0",
         ),
         (
@@ -80,8 +80,8 @@ TRITON_FAULTS = tuple(
         (
             "the online softmax does not rescale z",
             _KERNELS,
-            "tl.trans(operands[i]), weights, z[i] * rescale[None, :], input_precision=PRECISION",
-            "tl.trans(operands[i]), weights, z[i], input_precision=PRECISION",
+            "of_heads, operands[i], z[i] * rescales[None, :, None], input_precision=PRECISION",
+            "of_heads, operands[i], z[i], input_precision=PRECISION",
         ),
         (
             "the means are not taken off the scores",
@@ -92,8 +92,8 @@ TRITON_FAULTS = tuple(
         (
             "the means are not taken off z",
             _KERNELS,
-            "value = (z[i] - shifts[None, :]) / total[None, :]",
-            "value = z[i] / total[None, :]",
+            "value = (z[i] - _doubled(shifts)[None, :, None]) / _doubled(total)[None, :, None]",
+            "value = z[i] / _doubled(total)[None, :, None]",
         ),
         (
             "every part of an image starts with the CLS token",
@@ -116,14 +116,14 @@ TRITON_FAULTS = tuple(
         (
             "the copy of the tokens misses the last channels",
             _KERNELS,
-            "tl.store(address, pieces[i], mask=valid[:, None] & (c < d.width)[None, :])",
-            "tl.store(address, pieces[i], mask=valid[:, None] & (c + 1 < d.width)[None, :])",
+            "tl.store(address, pieces[i], mask=valid[None, :, None] & inside[:, None, :])",
+            "tl.store(address, pieces[i], mask=valid[None, :, None] & (c + 1 < d.width)[:, None, :])",
         ),
         (
             "the softmax's gradient does not subtract its sum",
             _KERNELS,
-            "d_scores = LN2 * p * (d_p - _row(numbers, h, present)[None, :])",
-            "d_scores = LN2 * p * (d_p - 0.0 * _row(numbers, h, present)[None, :])",
+            "d_scores = LN2 * p * (d_p - sums[None, :])",
+            "d_scores = LN2 * p * d_p",
         ),
         (
             "the gradient of the returned attention is dropped too",
@@ -134,8 +134,8 @@ TRITON_FAULTS = tuple(
         (
             "the tokens' gradient is not centred",
             _KERNELS,
-            "value = rstd[:, None] * (d_hat[i] - mean_plain[:, None] - hat * mean_against[:, None])",
-            "value = rstd[:, None] * (d_hat[i] - hat * mean_against[:, None])",
+            "value = (d_hat - means[0][None, :, None]) * rstd[None, :, None] - along",
+            "value = d_hat * rstd[None, :, None] - along",
         ),
         (
             "the gradient of the copied tokens is lost",
@@ -150,6 +150,24 @@ TRITON_FAULTS = tuple(
             "wanted = (row % 4 == 0) & (h < d.heads)",
         ),
         (
+            "more heads than a tile replace the tokens' gradient instead of adding to it",
+            _KERNELS,
+            "value += _row(address, 0, mask & (tile > 0))",
+            "value += 0.0 * _row(address, 0, mask & (tile > 0))",
+        ),
+        (
+            "what comes in for the copy is added for every tile of heads",
+            _KERNELS,
+            "c, d.d_copy_channel), 0, mask & (tile == 0))",
+            "c, d.d_copy_channel), 0, mask & (tile >= 0))",
+        ),
+        (
+            "rounding left of the sum of ds stays in the queries' gradient",
+            _KERNELS,
+            "excess = tl.where(sums > 0, excess / sums, 0.0)",
+            "excess = tl.where(sums > 0, 0.0, 0.0) + 0.0 * excess",
+        ),
+        (
             "the CLS token's gradient as a row of the attention is lost",
             _KERNELS,
             " + _row(scratch, D_ROW * width + k, valid) + through",
@@ -158,8 +176,8 @@ TRITON_FAULTS = tuple(
         (
             "gamma's gradient through the key is lost",
             _KERNELS,
-            "d_gamma = _row(at, 3 * step + k[None, :], valid) + d_absorbed * _row(key, k[None, :], valid)",
-            "d_gamma = _row(at, 3 * step + k[None, :], valid)",
+            "d_gamma += d_absorbed * _row(key, k[None, :], valid)",
+            "d_gamma += 0.0",
         ),
         (
             "only the first part of the queries' gradients is added",
