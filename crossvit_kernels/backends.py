@@ -21,6 +21,7 @@ from . import native, triton_runtime
 _NATIVE_ERROR = native.load_error()
 _TRITON_ERROR = triton_runtime.load_error()
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+_STORED = tuple((tokens, weights) for tokens in _NATIVE for weights in _NATIVE)
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,7 +104,7 @@ BACKENDS: dict[str, Backend] = {
             "cpu",
             "C++ for AVX-512, AVX2, baseline x86 or NEON, on PyTorch's threads",
             devices=("cpu",),
-            dtypes=tuple((tokens, weights) for tokens in _NATIVE for weights in _NATIVE),
+            dtypes=_STORED,
             plain=False,
             missing=lambda: _NATIVE_ERROR,
         ),
@@ -111,11 +112,7 @@ BACKENDS: dict[str, Backend] = {
             "triton",
             "Triton kernels for NVIDIA and AMD GPUs",
             devices=("cuda",),
-            dtypes=(
-                *((dtype, dtype) for dtype in _NATIVE),
-                (torch.float32, torch.bfloat16),
-                (torch.float32, torch.float16),
-            ),
+            dtypes=_STORED,
             widest=1024,  # all channels of a block of tokens are in registers
             most_heads=64,
             plain=False,

@@ -124,6 +124,8 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     to_patches, to_scale, to_weights = wanted
+    if attention.numel() == 0:  # it was not asked for, and torch.compile gives its gradient all the same
+        grad_attention = None
     if backend == "auto" and not _trusted(patches, weights, num_heads, backward=True):
         options = (num_heads, eps, dropout_p, grad_attention is not None)
         with validation.as_outside_of_operators():

@@ -484,11 +484,11 @@ def _centre(d, pieces, valid, eps):
 def _operands(d, pieces, mean, rstd, centred):
     """What the tensor cores multiply, and `shift`, `scale` with x^ = scale (operand - shift).
 
-    bfloat16 tokens as they are: exact, and they reach the tensor cores without passing through registers.
+    bfloat16 tokens as they are: exact, and they reach the tensor cores without passing through registers. But
     float32 would lose x - mean to rounding and float16 the coefficients, which the scale makes small, to
     underflow: these are normalised first.
     """
-    if d.patches.dtype.element_ty == tl.bfloat16:
+    if d.patches.dtype.element_ty == tl.bfloat16 and d.dtype == tl.bfloat16:
         return pieces, mean, rstd
     else:
         normed = ()

@@ -184,6 +184,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     to_tokens, to_scales, to_weights = wanted
     batch = tokens_s.shape[0]
+    if (
+        attentions[0].numel() == 0
+    ):  # they were not asked for, and torch.compile gives their gradients all the same
+        grad_attentions = [None, None]
     if backend == "auto" and not _trusted((tokens_s, tokens_l), weights, num_heads, backward=True):
         options = (eps, dropout_p, any(g is not None for g in grad_attentions))
         with validation.as_outside_of_operators():
