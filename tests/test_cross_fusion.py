@@ -119,7 +119,11 @@ def test_weights_are_frozen():
             TypeError,
             "scales of S must be a floating",
         ),
-        ({"backend": "fast"}, ValueError, "backend must be one of auto, cpu, torch, reference, got 'fast'"),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend must be one of auto, cpu, triton, torch, reference, got 'fast'",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_words(changes, error, words):

@@ -175,7 +175,7 @@ except ValueError as error:
     print(error)
 """
     assert run_code(code, CROSSVIT_BACKEND="reference").split() == ["reference", "ran"]
-    assert "CROSSVIT_BACKEND must be one of auto, cpu, torch, reference, got 'fast'" in run_code(
+    assert "CROSSVIT_BACKEND must be one of auto, cpu, triton, torch, reference, got 'fast'" in run_code(
         code, CROSSVIT_BACKEND="fast"
     )
 

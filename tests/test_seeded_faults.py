@@ -58,7 +58,7 @@ def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
     assert caught, f"no test noticed that {fault.what}"
 
 
-def tests_of_triton_catch(fault: Fault, root: Path) -> bool:
+def fault_is_noticed(fault: Fault, root: Path) -> bool:
     copy_project(root, fault)
     done = run_tests(root, TRITON)
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
@@ -69,10 +69,10 @@ def tests_of_triton_catch(fault: Fault, root: Path) -> bool:
 @pytest.mark.parametrize("index", range(TRITON_SAMPLE))
 def test_a_fault_of_the_triton_kernels_is_caught(index, tmp_path):
     fault = random.Random(SEED).sample(TRITON_FAULTS, TRITON_SAMPLE)[index]
-    assert tests_of_triton_catch(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
+    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("fault", TRITON_FAULTS, ids=lambda fault: fault.what)
 def test_every_fault_of_the_triton_kernels_is_caught(fault, tmp_path):
-    assert tests_of_triton_catch(fault, tmp_path), f"no test noticed that {fault.what}"
+    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what}"
