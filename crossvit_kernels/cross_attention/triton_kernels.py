@@ -4,10 +4,11 @@
 (program_id(1) picks one). There are two kinds of kernels:
 
 - the attention over the tokens, `attend` and `attend_backward`: a program is an image and a part of its
-  tokens. The channels are cut into slices, one for each warp, and these into pieces of powers of two
-  (448 = 4 (64 + 48 of 64)), all of which stay in registers: operands are [slices, tokens, channels], the
-  products of a slice belong to one warp, and only scores are summed over the slices. Each token is read once:
-  these kernels aim at the memory's bandwidth;
+  tokens. The channels are cut into slices, one for each warp, and these into one or two pieces of powers of
+  two, the last filled in part (448 is 4 slices of 112 in pieces of 128), all of which stay in registers:
+  operands are [slices, tokens, channels], the products of a slice belong to one warp, and only scores are
+  summed over the slices. Each token is read once (by `attend_backward` once for every 8 heads, by `attend`
+  for every `head_tile`): these kernels aim at the memory's bandwidth;
 - the chain of the CLS token around it: B rows through a few linear layers, ROWS of them a program. LayerNorm,
   GELU and their derivatives are computed where a product reads or writes its operands. These are short: they
   aim at few launches.
