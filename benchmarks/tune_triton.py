@@ -29,21 +29,22 @@ from .compiled import Case
 
 TABLE = Path(triton_table.__file__)
 ROUNDS = 30
-Key = tuple[str, bool, int, int, int]
+Key = tuple[str, bool, str, int, int]
 
 
 def candidates(heads: int) -> Iterator[Configuration]:
     """What is worth a measurement."""
     head_tiles = (8, 16) if heads <= 8 else (16,)
-    for tokens, warps, stages, tile in itertools.product((16, 32, 64), (4, 8, 16), (1, 2, 3), head_tiles):
+    of_each = ((16, 32, 64), head_tiles, (4, 8, 16), (1, 2, 3), (16, 32))
+    for tokens, tile, warps, stages, piece in itertools.product(*of_each):
         if tokens <= warps * 16:  # or the registers run out at any width
-            yield Configuration(tokens, tile, warps, stages)
+            yield Configuration(tokens, tile, warps, stages, piece)
 
 
 def key(case: Case, architecture: str) -> Key:
     """Of `_MEASURED`."""
-    dtypes = (compiled.DTYPES[case.tokens], compiled.DTYPES[case.weights])
-    return architecture, case.backward, max(x.itemsize for x in dtypes), max(case.widths), case.heads
+    sizes = (compiled.DTYPES[x].itemsize for x in (case.tokens, case.weights))
+    return architecture, case.backward, triton_table.storage(*sizes), max(case.widths), case.heads
 
 
 def rewritten(source: str, measured: dict[Key, Configuration]) -> str:

@@ -14,10 +14,12 @@ from benchmarks.compiled import (
     Resources,
     calls,
     compile_case,
+    compiling,
     cuobjdump,
     parse_amdgcn,
     parse_resource_usage,
     parse_sass,
+    prepared,
 )
 from crossvit_kernels.cross_attention import triton_table
 from crossvit_kernels.cross_attention.triton_table import Configuration, configuration
@@ -141,8 +143,8 @@ def test_the_models_bytes_are_those_counted_by_hand():
 def test_the_tuner_rewrites_its_part_of_the_table(tmp_path):
     path = tmp_path / "triton_table.py"
     path.write_text(tune_triton.TABLE.read_text())
-    entry = ("sm_90", True, 2, 448, 7)
-    for measured in ({entry: Configuration(32, 8, 8, 2)}, {entry: Configuration(16, 8, 4, 3)}, {}):
+    entry = ("sm_90", True, "16 bits", 448, 7)
+    for measured in ({entry: Configuration(32, 8, 8, 2, 32)}, {entry: Configuration(16, 8, 4, 3, 16)}, {}):
         tune_triton.write(measured, path)
         scope: dict = {"__name__": "crossvit_kernels.cross_attention.triton_table"}
         scope["__package__"] = "crossvit_kernels.cross_attention"
@@ -168,13 +170,13 @@ def test_the_tuner_takes_the_fastest_of_what_runs():
     case = Case((224, 448), 7, backward=True)
     assert tune_triton.fastest(case, tried, measure) == (tried[1], 1e-6)
     assert tune_triton.fastest(case, tried[:1], measure) is None
-    assert tune_triton.key(case, "sm_90") == ("sm_90", True, 2, 448, 7)
+    assert tune_triton.key(case, "sm_90") == ("sm_90", True, "16 bits", 448, 7)
 
 
 def test_a_measured_entry_goes_first(monkeypatch):
     directions, _ = calls(Case((224, 448), 7))
-    chosen = Configuration(64, 16, 16, 3)
-    monkeypatch.setitem(triton_table._MEASURED, ("sm_90", False, 2, 448, 7), chosen)
+    chosen = Configuration(64, 16, 16, 3, 64)
+    monkeypatch.setitem(triton_table._MEASURED, ("sm_90", False, "16 bits", 448, 7), chosen)
     assert configuration(directions, False, "sm_90") == chosen
     assert configuration(directions, False, "sm_80") != chosen
     assert configuration(directions, True, "sm_90") != chosen
@@ -190,9 +192,18 @@ def test_the_attentions_kernels_keep_their_budget(architecture):
 
 
 @compiles
+@pytest.mark.parametrize(("architecture", "has"), [("sm_80", True), ("gfx942", True), ("gfx950", False)])
+def test_products_are_of_float32_where_there_is_no_tf32(architecture, has):
+    assert triton_table.allows_tf32(architecture) is has
+    with compiling(architecture, "attend") as kernels:
+        prepared(Case((32,), 2, "fp32", "fp32", tf32=True))()
+    assert ("inputPrecision = tf32" in kernels[0].asm["ttir"]) is has
+
+
+@compiles
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-@pytest.mark.parametrize("widths", [pair for pair in compile_table.widths_of_variants() if max(pair) < 768])
+@pytest.mark.parametrize("widths", list(compile_table.widths_of_variants()))
 def test_every_kernel_keeps_its_budget(architecture, widths):
     for case in compile_table.cases([widths], ["bf16/bf16", "fp16/fp16", "fp32/bf16"]):
         found = compile_case(case, architecture)

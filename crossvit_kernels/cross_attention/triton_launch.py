@@ -1,4 +1,4 @@
-"""The launches of triton_kernels.py: allocation, grids, configurations."""
+"""The launches of the Triton kernels: allocation, grids, configurations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import precision_of_float32
-from . import triton_kernels as kernels
+from . import triton_buffers as buffers
+from . import triton_chain as chain
+from . import triton_tokens as attention
 from .directions import Direction, ForwardOutputs, Gradients
 from .operands import Weights
-from .triton_table import Configuration, configuration
+from .triton_table import Configuration, allows_tf32, configuration
 
 _STEP_BYTES = 2**15  # of a weight that a program of a head reads in one step
 
@@ -68,18 +70,15 @@ OfParameters = _arguments("OfParameters", *_BUFFERS, *(f"d_{name}" for name in _
 
 def saved_floats(width: int, heads: int) -> int:
     """What forward leaves for backward, an image."""
-    return kernels.saved_columns(width, heads)
+    return buffers.saved_columns(width, heads)
 
 
 @cache
-def pieces(width: int) -> tuple[int, ...]:
-    """Powers of two, two at most and 16 at least, that cover the width with the least waste."""
-    unit = 16
-    while True:
-        units = -(-width // unit)
-        if units.bit_count() <= 2:
-            return tuple(unit << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1)
-        unit *= 2
+def pieces(width: int, largest: int) -> tuple[int, ...]:
+    """Powers of two from `largest` down to the 16 channels of a product, which cover the width."""
+    full, rest = divmod(-(-width // 16), largest // 16)
+    smaller = (16 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
+    return (largest,) * full + tuple(smaller)
 
 
 def cut(width: int, warps: int) -> tuple[int, int]:
@@ -121,7 +120,7 @@ def _direction(task: Direction, saved: Tensor, config: Configuration) -> dict[st
     """What forward and backward have in common."""
     width = task.patches.shape[2]
     slices, channels = cut(width, config.warps)
-    widths = pieces(channels)
+    widths = pieces(channels, config.piece)
     weights = _named(task.weights)
     matrices = {"project_stride": "project_weight", "back_stride": "back_weight"}
     matrices |= {f"{name}_stride": name for name in ("wq", "wk", "wv", "wo")}
@@ -151,35 +150,35 @@ def _direction(task: Direction, saved: Tensor, config: Configuration) -> dict[st
 class _Launcher:
     """Launches kernels for one or two directions; each grid is that of the direction that needs more."""
 
-    def __init__(self, directions: list[dict[str, Any]], config: Configuration) -> None:
+    def __init__(self, directions: list[dict[str, Any]], config: Configuration, architecture: str) -> None:
         self.directions = directions
         self.config = config
         self.pairs: dict[Any, tuple[Any, Any]] = {}
         self.batch = directions[0]["patches"].shape[0]
-        self.precision = precision_of_float32()
+        self.precision = precision_of_float32() if allows_tf32(architecture) else "ieee"
 
     def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
-        """A kernel of the chain, `programs` of a direction for each `kernels.ROWS` images."""
-        blocks = -(-self.batch // kernels.ROWS.value) * max(programs(d) for d in self.directions)
+        """A kernel of the chain, `programs` of a direction for each `buffers.ROWS` images."""
+        blocks = -(-self.batch // buffers.ROWS.value) * max(programs(d) for d in self.directions)
         self._launch(kernel, blocks, OfChain, args, **self._chain(self.config.block))
 
     def heads(self, kernel: Any, *args: Any) -> None:
         """A kernel of the chain whose programs are a head each; wide heads take fewer channels a step."""
         block = self.config.block
         of_a_channel = max(
-            kernels.head_block(d["width"].value // d["heads"].value) * d["wq"].element_size()
+            buffers.head_block(d["width"].value // d["heads"].value) * d["wq"].element_size()
             for d in self.directions
         )
-        while block > kernels.ROWS.value and block * of_a_channel > _STEP_BYTES:
+        while block > buffers.ROWS.value and block * of_a_channel > _STEP_BYTES:
             block //= 2
-        blocks = -(-self.batch // kernels.ROWS.value) * max(d["heads"].value for d in self.directions)
+        blocks = -(-self.batch // buffers.ROWS.value) * max(d["heads"].value for d in self.directions)
         self._launch(kernel, blocks, OfChain, args, **self._chain(block))
 
-    def tokens(self, kernel: Any, programs: int, *args: Any) -> None:
+    def tokens(self, kernel: Any, programs: int, *args: Any, **constants: bool) -> None:
         """A kernel of the attention over the tokens."""
         config = self.config
         options = {"TOKENS": config.tokens, "num_warps": config.warps, "num_stages": config.stages}
-        self._launch(kernel, programs, OfTokens, args, **options)
+        self._launch(kernel, programs, OfTokens, args, **options, **constants)
 
     def parameters(self, kernel: Any, jobs: int) -> None:
         """The gradients of the parameters, `jobs` a direction; a program is a tile of the largest."""
@@ -205,7 +204,7 @@ class _Launcher:
 
     def _largest_parameter(self, d: dict[str, Any]) -> int:
         width, own, heads = (d[name].value for name in ("width", "own_width", "heads"))
-        rows = kernels.ROWS.value
+        rows = buffers.ROWS.value
         return max(
             heads * -(-(width // heads) // rows) * self.columns(width),
             -(-width // rows) * self.columns(max(width, own)),
@@ -275,7 +274,8 @@ def forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, drop
 
 def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    config = configuration(tasks, False, _architecture())
+    architecture = _architecture()
+    config = configuration(tasks, False, architecture)
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
     programs = [batch * -(-t.num_heads // config.head_tile) for t in tasks]
@@ -286,7 +286,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
         direction = _direction(task, out.saved, config)
         if not fuses:
             out.saved[:, : task.cls.shape[2]].copy_(task.cls[:, 0])
-        shape = (batch, part, task.num_heads, kernels.padded(task.patches.shape[2]) + 16)
+        shape = (batch, part, task.num_heads, buffers.part_columns(task.patches.shape[2]))
         given.append(
             {
                 **direction,
@@ -296,22 +296,22 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
                 "parts": torch.empty(shape, dtype=torch.float32, device=device) if part > 1 else None,
             }
         )
-    launcher = _Launcher(given, config)
+    launcher = _Launcher(given, config, architecture)
     if fuses:
-        launcher.rows(kernels.project, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.heads(kernels.absorb, eps)
+        launcher.rows(chain.project, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.heads(chain.absorb, eps)
     launcher.tokens(
-        kernels.attend,
+        attention.attend,
         max(p * s for p, s in zip(programs, parts, strict=True)),
         *_first_and_last(counts),
         *_first_and_last(parts),
         eps,
         *_dropout(directions, dropout_p),
     )
-    launcher.heads(kernels.values, *_first_and_last(parts))
-    launcher.rows(kernels.output, lambda d: launcher.columns(d["width"].value))
+    launcher.heads(chain.values, *_first_and_last(parts))
+    launcher.rows(chain.output, lambda d: launcher.columns(d["width"].value))
     if fuses:
-        launcher.rows(kernels.back, lambda d: launcher.columns(d["own_width"].value), eps)
+        launcher.rows(chain.back, lambda d: launcher.columns(d["own_width"].value), eps)
     for task, out in directions:
         if out.attention is not None:
             # The kernel leaves scores in base 2; what turns them into weights is known only now.
@@ -320,7 +320,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
 
 def _log_sum_exp(saved: Tensor, task: Direction) -> Tensor:
     """The part of `saved` that holds log2 of the sums of the exponentials, [B, H]."""
-    start = saved.shape[1] - 2 * kernels.padded(task.num_heads)
+    start = saved.shape[1] - 2 * buffers.padded(task.num_heads)
     return saved[:, start : start + task.num_heads]
 
 
@@ -335,7 +335,8 @@ def backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_
 
 def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    config = configuration(tasks, True, _architecture())
+    architecture = _architecture()
+    config = configuration(tasks, True, architecture)
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
     counts = [t.patches.shape[1] for t in tasks]
@@ -351,8 +352,8 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
         given.append(
             {
                 **_direction(task, gradients.saved, config),
-                "scratch": empty(batch, kernels.scratch_columns(width, own_width, heads)),
-                "parts": empty(batch, part, heads, kernels.padded(width)),
+                "scratch": empty(batch, buffers.scratch_columns(width, own_width, heads)),
+                "parts": empty(batch, part, heads, buffers.part_columns(width)),
                 **_of_rows("d_new", gradients.cls),
                 **_of_tokens("d_copy", gradients.patches),
                 **_of_tokens("d_patches", gradients.to_patches),
@@ -362,38 +363,39 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
                 **{f"d_{name}": x for name, x in weights.items()},
             }
         )
-    launcher = _Launcher(given, config)
+    launcher = _Launcher(given, config, architecture)
     if fuses:
-        launcher.rows(kernels.back_backward, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.rows(kernels.output_backward, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.heads(kernels.values_backward)
+        launcher.rows(chain.back_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.rows(chain.output_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.heads(chain.values_backward)
     for (task, gradients), direction in zip(directions, given, strict=True):
         if gradients.attention is not None:
-            attention, incoming = gradients.attention
-            _softmax_sums(direction["scratch"], task).add_((attention * incoming).sum(-1))
-    launcher.tokens(
-        kernels.attend_backward,
-        batch * max(parts),
-        *_first_and_last(counts),
-        *_first_and_last(parts),
-        eps,
-        *_dropout(directions, dropout_p),
-    )
-    launcher.heads(kernels.absorb_backward, *_first_and_last(parts))
-    launcher.rows(kernels.query_backward, lambda d: launcher.columns(d["width"].value), eps)
-    if fuses:
-        launcher.rows(kernels.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)
-    if directions[0][1].to_cls is not None:
-        launcher.rows(kernels.cls_backward, lambda d: 1, eps)
-    if directions[0][1].to_weights is not None:
-        launcher.parameters(
-            kernels.parameters_backward, (kernels.JOBS_OF_FUSION if fuses else kernels.JOBS).value
+            attended, incoming = gradients.attention
+            _softmax_sums(direction["scratch"], task).add_((attended * incoming).sum(-1))
+    for tile in range(-(-max(t.num_heads for t in tasks) // buffers.PAIRS.value)):
+        launcher.tokens(
+            attention.attend_backward,
+            batch * max(parts),
+            *_first_and_last(counts),
+            *_first_and_last(parts),
+            tile,
+            eps,
+            *_dropout(directions, dropout_p),
+            ADDS=tile > 0,
         )
+    launcher.heads(chain.absorb_backward, *_first_and_last(parts))
+    launcher.rows(chain.query_backward, lambda d: launcher.columns(d["width"].value), eps)
+    if fuses:
+        launcher.rows(chain.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)
+    if directions[0][1].to_cls is not None:
+        launcher.rows(chain.cls_backward, lambda d: 1, eps)
+    if directions[0][1].to_weights is not None:
+        launcher.parameters(chain.parameters_backward, (chain.JOBS_OF_FUSION if fuses else chain.JOBS).value)
 
 
 def _softmax_sums(scratch: Tensor, task: Direction) -> Tensor:
     """The part of `scratch` that holds sum_n p_n dp_n, [B, H]."""
     heads = task.num_heads
-    own = kernels.OWN_COLUMNS.value * kernels.padded(task.cls.shape[2])
-    start = scratch.shape[1] - own - 2 * kernels.padded(heads)
+    own = buffers.OWN_COLUMNS.value * buffers.padded(task.cls.shape[2])
+    start = scratch.shape[1] - own - 2 * buffers.padded(heads)
     return scratch[:, start : start + heads]

@@ -22,6 +22,7 @@ class Configuration:
         head_tile: heads of a program of `attend`, 8 or 16.
         warps, stages: of the attention. Every warp has a slice of the channels, so that more warps mean fewer
             registers of each, but more of what all warps do alike: the softmax.
+        piece: channels of a slice that are one operand.
         block: channels of a tile of the chain; block_warps its warps.
     """
 
@@ -29,6 +30,7 @@ class Configuration:
     head_tile: int
     warps: int
     stages: int
+    piece: int
     block: int = 64
     block_warps: int = 4
 
@@ -46,35 +48,44 @@ FAMILIES = {
     "gfx950": "amd",
 }
 
-# (family, backward, bytes of the larger element of tokens and weights) -> rows of (largest width, tokens,
-# warps, stages). The last row stands for all greater widths too.
+# (family, backward, storage) -> rows of (largest width, tokens, warps, stages). The last row stands for all
+# greater widths too.
 #
 # Tokens: 16 is the least of a matrix product. 32 halve the barriers and the shared work of a step, where the
-# registers suffice. Warps: a slice of at most 112 channels a warp forward, 56 backward, where gradients of
-# tokens and queries are kept beside them. Stages: 2 loads one step ahead; 1 where the second buffer and the
-# pairs of queries and gradients do not both fit into shared memory.
+# registers suffice. Warps: a slice of at most 112 channels a warp forward, 96 backward, where gradients of
+# tokens and queries are kept beside them. Stages: 2 loads one step ahead, 3 two, which 16 tokens of 448
+# channels need to keep the memory busy; 1 where further buffers do not fit into shared memory.
 #
-# No row serves these: backward at 768 channels of 12 heads, two tiles of heads, which spills registers
-# on all targets and has pairs larger than the shared memory of "small"; on "small", backward of float32
-# matrices at 448.
-_CHOSEN: dict[tuple[str, bool, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("large", False, 2): ((256, 32, 4, 2), (512, 32, 4, 2), (1024, 16, 8, 2)),
-    ("small", False, 2): ((256, 32, 4, 2), (512, 32, 4, 2), (1024, 16, 8, 2)),
-    ("amd", False, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
-    ("large", False, 4): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 2)),
-    ("small", False, 4): ((256, 16, 4, 2), (512, 16, 8, 1), (1024, 16, 8, 1)),
-    ("amd", False, 4): ((256, 16, 4, 2), (512, 16, 8, 1), (1024, 16, 8, 1)),
-    ("large", True, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
-    ("small", True, 2): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
-    ("amd", True, 2): ((256, 16, 4, 1), (512, 16, 4, 1), (1024, 16, 8, 1)),
-    ("large", True, 4): ((256, 16, 4, 1), (512, 16, 8, 1), (1024, 16, 8, 1)),
-    ("small", True, 4): ((256, 16, 4, 1), (512, 16, 8, 1), (1024, 16, 8, 1)),
-    ("amd", True, 4): ((256, 16, 4, 1), (512, 16, 4, 1), (1024, 16, 8, 1)),
+# No row serves these, whose operands are larger than the shared memory of "small": float32 matrices backward
+# at 768 channels and, with tf32, at 448, and forward at 768.
+_CHOSEN: dict[tuple[str, bool, str], tuple[tuple[int, int, int, int], ...]] = {
+    ("large", False, "16 bits"): ((384, 32, 4, 2), (512, 16, 4, 3), (1024, 16, 8, 2)),
+    ("large", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
+    ("large", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
+    ("large", True, "16 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
+    ("large", True, "mixed"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
+    ("large", True, "32 bits"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
+    ("small", False, "16 bits"): ((384, 32, 4, 2), (512, 16, 4, 3), (1024, 16, 8, 2)),
+    ("small", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
+    ("small", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
+    ("small", True, "16 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
+    ("small", True, "mixed"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
+    ("small", True, "32 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
+    ("amd", False, "16 bits"): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
+    ("amd", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
+    ("amd", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
+    ("amd", True, "16 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
+    ("amd", True, "mixed"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
+    ("amd", True, "32 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
 }
 
-# (architecture, backward, bytes of an element, greatest width, heads) -> what was fastest.
+# Pieces of one size share the addresses in shared memory that products read, which no other size can use and
+# which otherwise fill the registers. Smaller ones of them need fewer registers, but more instructions.
+_PIECE = {False: 32, True: 16}
+
+# (architecture, backward, storage, greatest width, heads) -> what was fastest.
 # Written by benchmarks/tune_triton.py from here to the end of the braces.
-_MEASURED: dict[tuple[str, bool, int, int, int], Configuration] = {}
+_MEASURED: dict[tuple[str, bool, str, int, int], Configuration] = {}
 
 
 def nearest(architecture: str) -> str:
@@ -89,18 +100,35 @@ def nearest(architecture: str) -> str:
     return max(lower, key=lambda name: int(name[3:]), default="sm_80")
 
 
+def storage(tokens: int, weights: int) -> str:
+    """What the kernels keep of a step, by the bytes of an element of the tokens and of the matrices."""
+    if weights > 2:
+        return "32 bits"
+    return "mixed" if tokens > 2 else "16 bits"
+
+
+def allows_tf32(architecture: str) -> bool:
+    """Whether its matrix products have it: of AMD's GPUs only gfx942."""
+    name = nearest(architecture)
+    return FAMILIES[name] != "amd" or name == "gfx942"
+
+
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:
     """The configuration for these directions; the wider one decides, for both are in one launch."""
     architecture = nearest(architecture)
     width = max(d.patches.shape[2] for d in directions)
     heads = max(d.num_heads for d in directions)
-    size = max(x.element_size() for d in directions for x in (d.patches, d.weights[2]))
-    measured = _MEASURED.get((architecture, backward, size, width, heads))
+    kind = storage(
+        max(d.patches.element_size() for d in directions),
+        max(d.weights[2].element_size() for d in directions),
+    )
+    measured = _MEASURED.get((architecture, backward, kind, width, heads))
     if measured is not None:
         return measured
     family = FAMILIES[architecture]
-    rows = _CHOSEN[family, backward, min(size, 4)]
+    rows = _CHOSEN[family, backward, kind]
     _, tokens, warps, stages = next((row for row in rows if width <= row[0]), rows[-1])
-    # 8 heads are a side of a product on NVIDIA's tensor cores, 16 on AMD's.
-    head_tile = 8 if heads <= 8 and family != "amd" else 16
-    return Configuration(tokens, head_tile, warps, stages)
+    # 8 heads are a side of a product on NVIDIA's tensor cores, 16 on AMD's. Float32 queries of 16 heads leave
+    # no shared memory of "small" for the tokens.
+    sixteen = family == "amd" or (heads > 8 and (family, kind) != ("small", "32 bits"))
+    return Configuration(tokens, 16 if sixteen else 8, warps, stages, _PIECE[backward])
