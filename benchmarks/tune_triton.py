@@ -24,7 +24,7 @@ from crossvit_kernels.cross_attention import triton_launch, triton_table
 from crossvit_kernels.cross_attention.triton_table import Configuration
 
 from . import compiled
-from .compile_table import DTYPES, widths_of_variants
+from .compile_table import DTYPES, FLOAT32, widths_of_variants
 from .compiled import Case
 
 TABLE = Path(triton_table.__file__)
@@ -43,8 +43,8 @@ def candidates(heads: int) -> Iterator[Configuration]:
 
 def key(case: Case, architecture: str) -> Key:
     """Of `_MEASURED`."""
-    sizes = (compiled.DTYPES[x].itemsize for x in (case.tokens, case.weights))
-    return architecture, case.backward, triton_table.storage(*sizes), max(case.widths), case.heads
+    operands = triton_table.operands(compiled.DTYPES[case.tokens], compiled.DTYPES[case.weights])
+    return architecture, case.backward, operands, max(case.widths), case.heads
 
 
 def rewritten(source: str, measured: dict[Key, Configuration]) -> str:
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pair = tuple(map(int, options.widths.split("/")))
     heads = widths_of_variants()[pair]  # type: ignore[index]
     measured = dict(triton_table._MEASURED)
-    for tokens, weights, tf32 in DTYPES:
+    for tokens, weights, tf32 in (*DTYPES, *FLOAT32):
         for backward in (False, True):
             case = Case(pair, heads, tokens, weights, tf32, backward)
             if case.dtypes != options.dtypes:

@@ -98,7 +98,7 @@ def test_blocks_that_fit(architecture, registers, shared, warps, blocks):
 def test_every_variant_has_an_entry_for_every_architecture():
     for architecture in (*ARCHITECTURES, "sm_103", "sm_121", "sm_75", "gfx90a:sramecc+", "gfx1100"):
         for pair, heads in compile_table.widths_of_variants().items():
-            for tokens, weights, _ in compile_table.DTYPES:
+            for tokens, weights, _ in (*compile_table.DTYPES, *compile_table.FLOAT32):
                 for backward in (False, True):
                     directions, _ = calls(Case(pair, heads, tokens, weights))
                     found = configuration(directions, backward, architecture)
@@ -143,7 +143,7 @@ def test_the_models_bytes_are_those_counted_by_hand():
 def test_the_tuner_rewrites_its_part_of_the_table(tmp_path):
     path = tmp_path / "triton_table.py"
     path.write_text(tune_triton.TABLE.read_text())
-    entry = ("sm_90", True, "16 bits", 448, 7)
+    entry = ("sm_90", True, "as they are", 448, 7)
     for measured in ({entry: Configuration(32, 8, 8, 2, 32)}, {entry: Configuration(16, 8, 4, 3, 16)}, {}):
         tune_triton.write(measured, path)
         scope: dict = {"__name__": "crossvit_kernels.cross_attention.triton_table"}
@@ -170,13 +170,13 @@ def test_the_tuner_takes_the_fastest_of_what_runs():
     case = Case((224, 448), 7, backward=True)
     assert tune_triton.fastest(case, tried, measure) == (tried[1], 1e-6)
     assert tune_triton.fastest(case, tried[:1], measure) is None
-    assert tune_triton.key(case, "sm_90") == ("sm_90", True, "16 bits", 448, 7)
+    assert tune_triton.key(case, "sm_90") == ("sm_90", True, "as they are", 448, 7)
 
 
 def test_a_measured_entry_goes_first(monkeypatch):
     directions, _ = calls(Case((224, 448), 7))
     chosen = Configuration(64, 16, 16, 3, 64)
-    monkeypatch.setitem(triton_table._MEASURED, ("sm_90", False, "16 bits", 448, 7), chosen)
+    monkeypatch.setitem(triton_table._MEASURED, ("sm_90", False, "as they are", 448, 7), chosen)
     assert configuration(directions, False, "sm_90") == chosen
     assert configuration(directions, False, "sm_80") != chosen
     assert configuration(directions, True, "sm_90") != chosen

@@ -133,7 +133,8 @@ def test_everything_at_once():
     [
         pytest.param(Size(1, 300, 32, 2), id="an image in parts"),
         pytest.param(Size(1, 20, 48, 12), id="two tiles of heads"),
-        pytest.param(Size(18, 3, 16, 2), id="more than one tile of images"),
+        pytest.param(Size(2, 3, 88, 4), id="two blocks of channels"),
+        pytest.param(Size(70, 2, 16, 2), id="more than one tile of images, of 16 and of 64"),
     ],
 )
 def test_more_than_one_tile_of_everything(size, target):
@@ -141,13 +142,22 @@ def test_more_than_one_tile_of_everything(size, target):
 
 
 def test_tokens_that_are_nearly_the_same():
-    """As in a trained transformer: gradients of the queries are small sums of large terms that cancel."""
+    """As in a trained transformer: gradients of queries and keys are small sums of large terms that cancel.
+
+    Eager is no measure of them: in bfloat16 it is wrong by several times their size.
+    """
     size = Size(2, 40, 64, 2)
     tensors = ATTENTION.inputs(size, torch.bfloat16)
+    common = torch.randn(64) * 2
     for i in ATTENTION.tokens:
-        tensors[i] = (torch.randn(64) * 2 + tensors[i].float() / 40).bfloat16()
-    with without_a_gpu("sm_90"):
-        check(Subject(ATTENTION, "triton", "sm_90"), tensors, size)
+        tensors[i] = (common + tensors[i].float() / 40).bfloat16()
+    subject = Subject(ATTENTION, "triton", "sm_90")
+    with subject.ready():
+        got = results(lambda x: subject.run(x, size), tensors)
+    want = results(lambda x: ATTENTION.oracle(x, size)[:1], [x.double() for x in tensors])
+    for name, a, b in zip(["output", *ATTENTION.names], got, want, strict=True):
+        if b.abs().max() > 1e-9:
+            assert relative_error(a, b) < 0.02, name
 
 
 def test_another_length_or_batch_compiles_nothing():

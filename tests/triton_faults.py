@@ -99,8 +99,8 @@ TRITON_FAULTS = tuple(
         (
             "every part of an image starts with the CLS token",
             _TOKENS,
-            "first = tl.where(leads, 1.0, 0.0)",
-            "first = tl.where(leads, 1.0, 1.0)",
+            'largest = tl.where(leads, first_score, float("-inf"))',
+            "largest = first_score",
         ),
         (
             "dropout is forgotten for the CLS token",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from .directions import Direction
 
 
@@ -48,42 +50,40 @@ FAMILIES = {
     "gfx950": "amd",
 }
 
-# (family, backward, storage) -> rows of (largest width, tokens, warps, stages). The last row stands for all
-# greater widths too.
+# (family, backward, operands) -> rows of (largest width, tokens, warps, stages, piece). The last row stands
+# for all greater widths too.
 #
 # Tokens: 16 is the least of a matrix product. 32 halve the barriers and the shared work of a step, where the
 # registers suffice. Warps: a slice of at most 112 channels a warp forward, 96 backward, where gradients of
 # tokens and queries are kept beside them. Stages: 2 loads one step ahead, 3 two, which 16 tokens of 448
-# channels need to keep the memory busy; 1 where further buffers do not fit into shared memory.
+# channels need to keep the memory busy; 1 where further buffers do not fit into shared memory. Pieces of one
+# size share the addresses in shared memory that products read, which otherwise fill the registers; small ones
+# need fewer registers and more instructions.
 #
 # No row serves these, whose operands are larger than the shared memory of "small": float32 matrices backward
 # at 768 channels and, with tf32, at 448, and forward at 768.
-_CHOSEN: dict[tuple[str, bool, str], tuple[tuple[int, int, int, int], ...]] = {
-    ("large", False, "16 bits"): ((384, 32, 4, 2), (512, 16, 4, 3), (1024, 16, 8, 2)),
-    ("large", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
-    ("large", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
-    ("large", True, "16 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
-    ("large", True, "mixed"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
-    ("large", True, "32 bits"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
-    ("small", False, "16 bits"): ((384, 32, 4, 2), (512, 16, 4, 3), (1024, 16, 8, 2)),
-    ("small", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
-    ("small", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
-    ("small", True, "16 bits"): ((256, 16, 4, 2), (1024, 16, 8, 2)),
-    ("small", True, "mixed"): ((256, 16, 4, 1), (1024, 16, 8, 1)),
-    ("small", True, "32 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
-    ("amd", False, "16 bits"): ((256, 16, 4, 2), (512, 16, 8, 2), (1024, 16, 8, 1)),
-    ("amd", False, "mixed"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
-    ("amd", False, "32 bits"): ((256, 16, 4, 2), (1024, 16, 8, 1)),
-    ("amd", True, "16 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
-    ("amd", True, "mixed"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
-    ("amd", True, "32 bits"): ((512, 16, 4, 1), (1024, 16, 8, 1)),
+_CHOSEN: dict[tuple[str, bool, str], tuple[tuple[int, int, int, int, int], ...]] = {
+    ("large", False, "as they are"): ((384, 32, 4, 2, 32), (512, 16, 4, 3, 32), (1024, 16, 8, 2, 32)),
+    ("large", False, "normalised"): ((512, 16, 4, 2, 32), (1024, 16, 8, 2, 32)),
+    ("large", False, "float32"): ((256, 16, 4, 2, 32), (1024, 16, 8, 2, 32)),
+    ("large", True, "as they are"): ((256, 16, 4, 2, 16), (1024, 16, 8, 2, 16)),
+    ("large", True, "normalised"): ((256, 16, 4, 2, 32), (1024, 16, 8, 1, 16)),
+    ("large", True, "float32"): ((256, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
+    ("small", False, "as they are"): ((384, 32, 4, 2, 32), (512, 16, 4, 3, 32), (1024, 16, 8, 2, 32)),
+    ("small", False, "normalised"): ((512, 16, 4, 2, 32), (1024, 16, 8, 1, 32)),
+    ("small", False, "float32"): ((256, 16, 4, 2, 32), (1024, 16, 8, 1, 32)),
+    ("small", True, "as they are"): ((192, 16, 4, 2, 32), (256, 16, 4, 2, 16), (1024, 16, 8, 2, 16)),
+    ("small", True, "normalised"): ((256, 16, 4, 2, 32), (1024, 16, 8, 1, 16)),
+    ("small", True, "float32"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
+    ("amd", False, "as they are"): ((256, 16, 4, 2, 32), (512, 16, 8, 2, 32), (1024, 16, 8, 1, 32)),
+    ("amd", False, "normalised"): ((256, 16, 4, 2, 32), (1024, 16, 8, 1, 32)),
+    ("amd", False, "float32"): ((256, 16, 4, 2, 32), (1024, 16, 8, 1, 32)),
+    ("amd", True, "as they are"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
+    ("amd", True, "normalised"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
+    ("amd", True, "float32"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
 }
 
-# Pieces of one size share the addresses in shared memory that products read, which no other size can use and
-# which otherwise fill the registers. Smaller ones of them need fewer registers, but more instructions.
-_PIECE = {False: 32, True: 16}
-
-# (architecture, backward, storage, greatest width, heads) -> what was fastest.
+# (architecture, backward, operands, greatest width, heads) -> what was fastest.
 # Written by benchmarks/tune_triton.py from here to the end of the braces.
 _MEASURED: dict[tuple[str, bool, str, int, int], Configuration] = {}
 
@@ -100,11 +100,11 @@ def nearest(architecture: str) -> str:
     return max(lower, key=lambda name: int(name[3:]), default="sm_80")
 
 
-def storage(tokens: int, weights: int) -> str:
-    """What the kernels keep of a step, by the bytes of an element of the tokens and of the matrices."""
-    if weights > 2:
-        return "32 bits"
-    return "mixed" if tokens > 2 else "16 bits"
+def operands(tokens: torch.dtype, matrices: torch.dtype) -> str:
+    """How tokens go into products: bfloat16 as they are, others normalised first, in the matrices' dtype."""
+    if matrices == torch.float32:
+        return "float32"
+    return "as they are" if tokens == matrices == torch.bfloat16 else "normalised"
 
 
 def allows_tf32(architecture: str) -> bool:
@@ -118,17 +118,14 @@ def configuration(directions: list[Direction], backward: bool, architecture: str
     architecture = nearest(architecture)
     width = max(d.patches.shape[2] for d in directions)
     heads = max(d.num_heads for d in directions)
-    kind = storage(
-        max(d.patches.element_size() for d in directions),
-        max(d.weights[2].element_size() for d in directions),
-    )
+    kind = operands(directions[0].patches.dtype, directions[0].weights[2].dtype)
     measured = _MEASURED.get((architecture, backward, kind, width, heads))
     if measured is not None:
         return measured
     family = FAMILIES[architecture]
     rows = _CHOSEN[family, backward, kind]
-    _, tokens, warps, stages = next((row for row in rows if width <= row[0]), rows[-1])
+    _, tokens, warps, stages, piece = next((row for row in rows if width <= row[0]), rows[-1])
     # 8 heads are a side of a product on NVIDIA's tensor cores, 16 on AMD's. Float32 queries of 16 heads leave
     # no shared memory of "small" for the tokens.
-    sixteen = family == "amd" or (heads > 8 and (family, kind) != ("small", "32 bits"))
-    return Configuration(tokens, 16 if sixteen else 8, warps, stages, _PIECE[backward])
+    sixteen = family == "amd" or (heads > 8 and (family, kind) != ("small", "float32"))
+    return Configuration(tokens, 16 if sixteen else 8, warps, stages, piece)

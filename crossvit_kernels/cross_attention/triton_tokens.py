@@ -208,21 +208,21 @@ def _attend(
 
         queries, query_sums, first_score = _absorbed_queries(d, saved, hat, h, present)
 
-        # The CLS token is the first row of the first part.
+        # The CLS token is the first row of the first part. In the others its score is -inf: their first step
+        # rescales by 0 what is here.
         leads = split == 0
-        first = tl.where(leads, 1.0, 0.0)
         kept = tl.full([d.head_tile], 1.0, tl.float32)
         if d.seed is not None:
             kept = _kept(d, image, h, tl.zeros_like(h), tokens, threshold, keep_scale)
         if d.attention is not None:
             tl.store(d.attention + (image * d.heads + h) * tokens, first_score, mask=present & leads)
         largest = tl.where(leads, first_score, float("-inf"))
-        total = tl.zeros([d.head_tile], tl.float32) + first
-        dropped_total = first * kept
+        total = tl.full([d.head_tile], 1.0, tl.float32)
+        dropped_total = kept
         shifts = tl.zeros([d.head_tile], tl.float32)
         z = ()
         for i in tl.static_range(len(d.widths)):
-            z = z + (hat[i][:, None, :] * _doubled(first * kept)[None, :, None],)
+            z = z + (hat[i][:, None, :] * _doubled(kept)[None, :, None],)
 
         begin, end = _part(patches, split, splits, TOKENS)
         for start in tl.range(begin, end, TOKENS):
@@ -319,7 +319,7 @@ def attend(
 def _pairs(d, saved, heads, tile, piece: tl.constexpr):
     """Rows of a head tile, [slices, 16, channels]: a head's query and the gradient of its z in turn."""
     c, inside = _columns(d, piece)
-    row = tl.arange(0, 16)
+    row = tl.arange(0, 2 * PAIRS)
     h = tile * PAIRS + row // 2
     c = c[:, None, :]
     inside = inside[:, None, :]
@@ -356,15 +356,15 @@ def _softmax_backward(d, image, tile, products, n, valid, tokens, of_heads, thre
         address = (image * d.heads + h)[None, :] * tokens + n[:, None]
         d_p += load(d.d_attention, address, valid[:, None] & present[None, :])
     d_scores = LN2 * p * (d_p - sums[None, :])
-    return tl.reshape(tl.join(d_scores, dropped), (products.shape[0], 16))
+    return tl.reshape(tl.join(d_scores, dropped), (products.shape[0], 2 * PAIRS))
 
 
 @triton.jit
 def _all_pairs(d, saved, heads, tile, hat):
     """The pairs of all pieces, their sums and their products with x^_0."""
     pairs = ()
-    sums = tl.zeros([16], tl.float32)
-    products = tl.zeros([16], tl.float32)
+    sums = tl.zeros([2 * PAIRS], tl.float32)
+    products = tl.zeros([2 * PAIRS], tl.float32)
     for i in tl.static_range(len(d.widths)):
         pair = _pairs(d, saved, heads, tile, i)
         pairs = pairs + (pair,)
@@ -415,9 +415,9 @@ def _attend_backward(
             d, image, tile, cls_products[None, :], zero, zero == 0, tokens, of_heads, threshold, keep_scale
         )
         # The CLS token is the first row of the first part.
-        of_cls = tl.where(leads, tl.reshape(of_row, (16,)), 0.0)
+        of_cls = tl.where(leads, tl.reshape(of_row, (2 * PAIRS,)), 0.0)
         _add_d_cls_row(d, scratch, leads, pairs, pair_sums, cls_products, of_cls, hat, rstd_cls, ADDS)
-        shifts = tl.zeros([16], tl.float32)
+        shifts = tl.zeros([2 * PAIRS], tl.float32)
         excess = of_cls
         d_pairs = ()
         for i in tl.static_range(len(d.widths)):
@@ -429,7 +429,7 @@ def _attend_backward(
             pieces = _load_tokens(d, image, start, n, valid)
             mean, rstd, centred = _centre(d, pieces, valid, eps)
             operands, shift, scale = _operands(d, pieces, mean, rstd, centred)
-            partial = tl.zeros([d.slices, TOKENS, 16], tl.float32)
+            partial = tl.zeros([d.slices, TOKENS, 2 * PAIRS], tl.float32)
             for i in tl.static_range(len(d.widths)):
                 pair = tl.permute(pairs[i], (0, 2, 1))
                 partial = tl.dot(operands[i], pair, partial, input_precision=PRECISION)
@@ -448,8 +448,8 @@ def _attend_backward(
             unscale = tl.where(scale > 0, 1 / scale, 0.0)
             shifts += sum_of_products(seen, shift[:, None], 0)
             excess += sum_of_products(seen, unscale[:, None], 0)
-            of_tokens = tl.broadcast_to(rounded[None, :, :], [d.slices, TOKENS, 16])
-            of_pairs = tl.broadcast_to(tl.trans(scaled)[None, :, :], [d.slices, 16, TOKENS])
+            of_tokens = tl.broadcast_to(rounded[None, :, :], [d.slices, TOKENS, 2 * PAIRS])
+            of_pairs = tl.broadcast_to(tl.trans(scaled)[None, :, :], [d.slices, 2 * PAIRS, TOKENS])
             added = ()
             for i in tl.static_range(len(d.widths)):
                 product = tl.dot(of_pairs, operands[i], d_pairs[i], input_precision=PRECISION)
