@@ -172,7 +172,8 @@ class _Launcher:
         while block > buffers.ROWS.value and block * of_a_channel > _STEP_BYTES:
             block //= 2
         blocks = -(-self.batch // buffers.ROWS.value) * max(d["heads"].value for d in self.directions)
-        self._launch(kernel, blocks, OfChain, args, **self._chain(block))
+        options = self._chain(block) | {"num_warps": self.config.head_warps}
+        self._launch(kernel, blocks, OfChain, args, **options)
 
     def tokens(self, kernel: Any, programs: int, *args: Any, **constants: bool) -> None:
         """A kernel of the attention over the tokens."""

@@ -25,6 +25,7 @@ class Configuration:
         warps, stages: of the attention. Every warp has a slice of the channels, so that more warps mean fewer
             registers of each, but more of what all warps do alike: the softmax.
         piece: channels of a slice that are one operand.
+        head_warps: of the chain's kernels whose programs are a head each.
         block: channels of a tile of the chain; block_warps its warps.
     """
 
@@ -33,6 +34,7 @@ class Configuration:
     warps: int
     stages: int
     piece: int
+    head_warps: int
     block: int = 64
     block_warps: int = 4
 
@@ -83,6 +85,9 @@ _CHOSEN: dict[tuple[str, bool, str], tuple[tuple[int, int, int, int, int], ...]]
     ("amd", True, "float32"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
 }
 
+# Forward, two products and a LayerNorm are more than four warps keep in registers on sm_100.
+HEAD_WARPS = {False: 8, True: 4}
+
 # (architecture, backward, operands, greatest width, heads) -> what was fastest.
 # Written by benchmarks/tune_triton.py from here to the end of the braces.
 _MEASURED: dict[tuple[str, bool, str, int, int], Configuration] = {}
@@ -128,4 +133,4 @@ def configuration(directions: list[Direction], backward: bool, architecture: str
     # 8 heads are a side of a product on NVIDIA's tensor cores, 16 on AMD's. Float32 queries of 16 heads leave
     # no shared memory of "small" for the tokens.
     sixteen = family == "amd" or (heads > 8 and (family, kind) != ("small", "float32"))
-    return Configuration(tokens, 16 if sixteen else 8, warps, stages, piece)
+    return Configuration(tokens, 16 if sixteen else 8, warps, stages, piece, HEAD_WARPS[backward])
