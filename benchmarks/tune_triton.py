@@ -32,13 +32,13 @@ ROUNDS = 30
 Key = tuple[str, bool, str, int, int]
 
 
-def candidates(heads: int, backward: bool) -> Iterator[Configuration]:
+def candidates(heads: int, head_warps: int) -> Iterator[Configuration]:
     """What is worth a measurement."""
     head_tiles = (8, 16) if heads <= 8 else (16,)
     of_each = ((16, 32, 64), head_tiles, (4, 8, 16), (1, 2, 3), (16, 32))
     for tokens, tile, warps, stages, piece in itertools.product(*of_each):
         if tokens <= warps * 16:  # or the registers run out at any width
-            yield Configuration(tokens, tile, warps, stages, piece, triton_table.HEAD_WARPS[backward])
+            yield Configuration(tokens, tile, warps, stages, piece, head_warps)
 
 
 def key(case: Case, architecture: str) -> Key:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = Case(pair, heads, tokens, weights, tf32, backward)
             if case.dtypes != options.dtypes:
                 continue
-            tried = list(candidates(heads, backward))
+            tried = list(candidates(heads, triton_table.head_warps(architecture, backward)))
             found = fastest(case, list(track(tried, "measuring")), measure)
             if found is not None:
                 measured[key(case, architecture)] = found[0]

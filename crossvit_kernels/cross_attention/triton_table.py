@@ -85,9 +85,6 @@ _CHOSEN: dict[tuple[str, bool, str], tuple[tuple[int, int, int, int, int], ...]]
     ("amd", True, "float32"): ((512, 16, 4, 1, 16), (1024, 16, 8, 1, 16)),
 }
 
-# Forward, two products and a LayerNorm are more than four warps keep in registers on sm_100.
-HEAD_WARPS = {False: 8, True: 4}
-
 # (architecture, backward, operands, greatest width, heads) -> what was fastest.
 # Written by benchmarks/tune_triton.py from here to the end of the braces.
 _MEASURED: dict[tuple[str, bool, str, int, int], Configuration] = {}
@@ -118,6 +115,12 @@ def allows_tf32(architecture: str) -> bool:
     return FAMILIES[name] != "amd" or name == "gfx942"
 
 
+def head_warps(architecture: str, backward: bool) -> int:
+    """Of a program of a head. Its operands are too much for the registers of four warps forward and on
+    Blackwell; elsewhere the compiler spills at eight warps backward."""
+    return 8 if not backward or nearest(architecture) in ("sm_100", "sm_120") else 4
+
+
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:
     """The configuration for these directions; the wider one decides, for both are in one launch."""
     architecture = nearest(architecture)
@@ -133,4 +136,6 @@ def configuration(directions: list[Direction], backward: bool, architecture: str
     # 8 heads are a side of a product on NVIDIA's tensor cores, 16 on AMD's. Float32 queries of 16 heads leave
     # no shared memory of "small" for the tokens.
     sixteen = family == "amd" or (heads > 8 and (family, kind) != ("small", "float32"))
-    return Configuration(tokens, 16 if sixteen else 8, warps, stages, piece, HEAD_WARPS[backward])
+    return Configuration(
+        tokens, 16 if sixteen else 8, warps, stages, piece, head_warps(architecture, backward)
+    )
