@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx import Module, PtxError
+from tests.ptx import Module, PtxError, run_kernel
 from tests.ptx.host_library import compile_ptx
 from tests.ptx.snippets import entry, run
 
@@ -179,6 +179,67 @@ def test_races_between_blocks(name):
         run(entry(f"{POINTER} {body}"), [np.zeros(64, np.uint32)], blocks=2)
 
 
+# ---- a grid in parts ----
+
+
+@pytest.mark.parametrize("part", [64, 128, 10**6])
+@pytest.mark.parametrize("name", GLOBAL_RACES)
+def test_races_between_blocks_of_different_parts(name, part, monkeypatch):
+    monkeypatch.setattr("tests.ptx.machine.PART", part)
+    body, _ = GLOBAL_RACES[name]
+    with pytest.raises(PtxError, match=r"race on global memory|several threads write different values"):
+        run(entry(f"{POINTER} {body}"), [np.zeros(64, np.uint32)], blocks=5)
+
+
+def test_races_with_the_first_of_many_parts(monkeypatch):
+    """Block 0 writes what block 6 reads, or reads what it writes, and the other way round."""
+    monkeypatch.setattr("tests.ptx.machine.PART", 64)
+    for first, last, words in (
+        (
+            "st.global.b32 [%q1], %r1;",
+            "ld.global.b32 %r2, [%q1];",
+            "read after write, thread 384 after thread 0",
+        ),
+        (
+            "ld.global.b32 %r2, [%q1];",
+            "st.global.b32 [%q1], %r1;",
+            "write after read, thread 384 after thread 0",
+        ),
+        ("st.global.b32 [%q1], %r1;", "st.global.b32 [%q1], %r1;", "write after write, thread 384 after"),
+    ):
+        body = f"""{POINTER} mov.u32 %r1, %ctaid.x; setp.eq.u32 %p0, %r1, 0; setp.eq.u32 %p1, %r1, 6;
+@%p0 {first} bar.sync 0; @%p1 {last}"""
+        with pytest.raises(PtxError, match=f"race on global memory .{words}"):
+            run(entry(body), [np.zeros(64, np.uint32)], blocks=7)
+
+
+@pytest.mark.parametrize("part", [32, 64, 200, 128, 10**6])
+def test_a_grid_in_parts_is_a_grid(part, monkeypatch):
+    """Blocks reverse rows through shared memory and read variables of the module."""
+    monkeypatch.setattr("tests.ptx.machine.PART", part)
+    body = f"""ld.param.b64 %q0, [p]; ld.param.b64 %q1, [o]; mov.u32 %r9, %tid.x;
+mov.u32 %r10, %ctaid.x; mov.u32 %r11, %ctaid.y; mov.u32 %r12, %nctaid.x; mad.lo.u32 %r10, %r11, %r12, %r10;
+shl.b32 %r13, %r10, 6; add.u32 %r13, %r13, %r9; mul.wide.u32 %q2, %r13, 4; add.s64 %q3, %q0, %q2;
+{THREAD} ld.global.b32 %r14, [%q3]; st.shared.b32 [%r2], %r14; bar.sync 0;
+xor.b32 %r3, %r1, 252; mov.b32 %r4, sm; add.s32 %r4, %r4, %r3; ld.shared.b32 %r5, [%r4];
+ld.const.b32 %r6, [three]; mul.lo.u32 %r5, %r5, %r6; ld.global.b32 %r7, [seven]; add.u32 %r5, %r5, %r7;
+add.s64 %q4, %q1, %q2; st.global.b32 [%q4], %r5;"""
+    head = ".const .b32 three = 3; .global .b32 seven = 7;"
+    data, out = np.arange(15 * 64, dtype=np.uint32), np.zeros(15 * 64, np.uint32)
+    module = entry(body, ".param .u64 p, .param .u64 o", head=head)
+    run_kernel(module, "f", (5, 3, 1), (64, 1, 1), 256, [data, out])
+    np.testing.assert_array_equal(out.reshape(15, 64), data.reshape(15, 64)[:, ::-1] * 3 + 7)
+
+
+def test_blocks_that_wait_for_one_another_are_one_part(monkeypatch):
+    monkeypatch.setattr("tests.ptx.machine.PART", 64)
+    data = np.zeros(16, np.uint32)
+    run(entry(LAST_BLOCK), [data], blocks=14)
+    assert data[1] == 14 * 15 // 2
+    test_a_lock_orders_what_it_guards()
+    test_a_flag_orders_what_was_written_before_it()
+
+
 def test_what_is_ordered_is_no_race():
     barrier = (
         f"{THREAD} st.shared.b32 [%r2], %r0; bar.sync 0; xor.b32 %r3, %r1, 128; mov.b32 %r4, sm;"
@@ -257,7 +318,7 @@ END:"""
 
 def add_one(view: torch.Tensor, count: int) -> Callable[[], None]:
     """Adds 1 to `count` elements, a stride of two floats apart."""
-    from tests.ptx import GlobalMemory, run_kernel
+    from tests.ptx import GlobalMemory
     from tests.ptx.triton_driver import add_tensor
 
     body = (
@@ -313,7 +374,6 @@ def test_what_is_not_supported(name):
     ("text", "words"),
     [
         (".func (.param .b32 r) f() { ret; }", "device functions"),
-        (".visible .entry f() .reqnctapercluster 2 { ret; }", "clusters are not supported"),
         (".visible .entry f() .fancy 3 { ret; }", "unsupported directive: .fancy 3"),
         (".fancy .b32 x;", "unsupported directive: .fancy .b32 x"),
         (".tex .u64 t;", "unsupported directive"),
@@ -338,7 +398,8 @@ def test_messages_name_the_source_line(tmp_path: Path):
 }
 """
     )
-    module = Module(compile_ptx(source))
+    (text,) = compile_ptx([source])
+    module = Module(text)
     with pytest.raises(PtxError, match=r"race on shared memory .read after write.*\[rotate.cu:4\]"):
         run(module, [np.zeros(64, np.float32)])
     with pytest.raises(PtxError, match=r"global access out of bounds.*\[rotate.cu:3\]"):

@@ -354,6 +354,17 @@ def test_functions(text, function):
     np.testing.assert_allclose(got, want, rtol=2e-7, atol=1e-38)
 
 
+def test_tf32_rounds_halves_away_from_zero():
+    x = [*random_floats(13), *from_floats([0.0, -0.0, math.inf, -math.inf, 1e-40, 3e38])]
+    x[::3] = [v & 0xFFFFE000 | 0x1000 for v in x[::3]]  # halfway
+    x[1::3] = [v & 0xFFFFE000 | 0xFFF for v in x[1::3]]
+    x = [v for v in x if not math.isnan(to_float(v))]
+    got = execute("cvt.rna.tf32.f32 %d, %a0;", [x])
+    assert got == [(v + 0x1000) & 0xFFFFE000 for v in x]
+    (nan,) = execute("cvt.rna.tf32.f32 %d, %a0;", [from_floats([math.nan])])
+    assert math.isnan(to_float(nan))
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 @pytest.mark.parametrize("op", ["add", "sub", "mul", "fma.rn", "min", "max", "neg", "abs"])
 def test_pairs_of_sixteen_bits(kind, op):

@@ -57,6 +57,27 @@ st.global.v4.b32 [%q4+1024], {{%r8, %r9, %r10, %r11}};"""
     assert not back[count:].any()
 
 
+def test_movmatrix():
+    """Lane 4 i + j gives elements 2 j, 2 j + 1 of row i, and gets those of column i."""
+    body = """ld.param.b64 %q0, [p]; ld.param.b64 %q1, [o]; mov.u32 %r0, %tid.x;
+mad.wide.u32 %q2, %r0, 4, %q0; mad.wide.u32 %q3, %r0, 4, %q1; ld.global.b32 %r1, [%q2];
+GUARD movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1; st.global.b32 [%q3], %r2;"""
+    matrices = np.random.default_rng(0).integers(0, 2**16, (3, 8, 8), dtype=np.uint16)
+    out = np.zeros_like(matrices)
+    run(entry(body.replace("GUARD", ""), PARAMETERS), [matrices, out], threads=96)
+    for lane in range(96):
+        matrix, row, column = lane // 32, lane % 32 // 4, 2 * (lane % 4)
+        want = [matrices[matrix, column, row], matrices[matrix, column + 1, row]]
+        assert out[matrix, row, column : column + 2].tolist() == want
+    some = body.replace("GUARD", "mov.u32 %r2, 0; setp.ge.u32 %p0, %r0, 32; @%p0")
+    run(entry(some, PARAMETERS), [matrices, out], threads=96)
+    assert not out[0].any()
+    np.testing.assert_array_equal(out[1:], matrices[1:].swapaxes(1, 2))
+    half = body.replace("GUARD", "mov.u32 %r2, 0; and.b32 %r3, %r0, 16; setp.eq.u32 %p0, %r3, 0; @%p0")
+    with pytest.raises(PtxError, match="deadlock"):
+        run(entry(half, PARAMETERS), [matrices, out], threads=96)
+
+
 DTYPES = {
     "bf16": ml_dtypes.bfloat16,
     "f16": np.float16,
@@ -192,9 +213,12 @@ st.shared.b32 [%r2+128], %r3; fence.proxy.async.shared::cta; bar.sync 0;
 @%p0 cp.async.bulk.wait_group 0;"""
 
 
-def test_bulk_copies_and_mbarriers():
+@pytest.mark.parametrize("space", [".shared", ".shared::cta"])
+@pytest.mark.parametrize("destination", ["shared::cluster", "shared::cta"])
+def test_bulk_copies_and_mbarriers(destination, space):
     data, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
-    run(entry(BULK, PARAMETERS), [data, out], shared=512)
+    text = BULK.replace(".shared.b64", f"{space}.b64").replace("bulk.shared::cluster", f"bulk.{destination}")
+    run(entry(text, PARAMETERS), [data, out], shared=512)
     np.testing.assert_array_equal(out, data + 1)
 
 
@@ -369,14 +393,14 @@ def test_a_launcher_compiled_by_nvcc(tmp_path: Path, architecture):
             pytest.skip(f"{tool} is not installed")
     source = tmp_path / "softmax.cu"
     source.write_text(SOURCE)
-    library = HostLibrary(compile_library(source, architecture), compile_ptx(source, architecture))
+    library = HostLibrary(compile_library([source], architecture), compile_ptx([source], architecture))
     x = torch.randn(10, 70).bfloat16()
     out = torch.full_like(x, float("nan"))
     library.call("launch_softmax", x, out, 10, 70, 0.5, None)
     error = (out.double() - (x.double() * 0.5).softmax(1)).abs().max()
     assert error < 1e-3
     (launch,) = library.launches
-    assert launch[1:] == ((3, 1, 1), (32, 4, 1), 16)
+    assert (launch.grid, launch.block, launch.shared) == ((3, 1, 1), (32, 4, 1), 16)
     with pytest.raises(PtxError, match=r"global access out of bounds.*softmax.cu:\d+\]"):
         library.call("launch_softmax", x[:9], out, 10, 70, 0.5, None)
     with pytest.raises(PtxError, match="returned CUDA error 1"):

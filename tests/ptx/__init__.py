@@ -8,13 +8,17 @@ the order of asynchronous copies and matrix products. What it does not know is a
 - `host_library.HostLibrary` lets launchers compiled by nvcc run on it,
 - `run_kernel(parse(text), name, grid, block, shared_bytes, arguments)` runs PTX text directly.
 
-Not modelled: weak memory order (a missing fence is seen only as a race); clusters, barriers of a part of a
-block, device functions, printf (all refused); the order of summation of tensor cores and the error of
-approximate functions (compare with tolerances). An access that leaves one argument and lands in another one
-is not seen, as the addresses are real ones.
+A large grid runs in parts, one after another, unless its blocks may wait for one another by atomic
+operations; races between parts are found all the same. Launches run one after another too: of a dependent one
+it is checked that each thread waits before it touches global memory.
+
+Not modelled: weak memory order (a missing fence is seen only as a race); barriers of a part of a block,
+mbarriers and copies to another block of a cluster, device functions, printf (all refused); the order of
+summation of tensor cores and the error of approximate functions (compare with tolerances). An access that
+leaves one argument and lands in another one is not seen, as the addresses are real ones.
 """
 
-from . import access, asynchronous, floating, scalar, tensor, warp  # noqa: F401  (they register their instructions)
+from . import access, asynchronous, clusters, floating, scalar, tensor, warp  # noqa: F401  (they register their instructions)
 from .formats import PtxError
 from .machine import Machine, run_kernel
 from .memory import GlobalMemory

@@ -17,8 +17,9 @@ from .scalar import simple
 if TYPE_CHECKING:
     from .machine import Machine
 
-# Generic addresses of shared and local memory lie in these windows, far from all real addresses.
-WINDOWS = {"shared": 1 << 56, "local": 1 << 57}
+# Generic addresses of shared and local memory and of parameters lie in these windows, far from all real
+# addresses. Those of shared memory may be of any block of the cluster.
+WINDOWS = {"shared": 1 << 56, "cluster": 1 << 56, "local": 1 << 57, "param": 1 << 58}
 
 CACHE_HINTS = (
     "ca cg cs lu wb wt nc volatile relaxed weak cta gpu sys L1::no_allocate L1::evict_last L1::evict_first "
@@ -31,7 +32,9 @@ VALUES = "b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f32 f64"
 
 def _space(ins: Instruction) -> str:
     """The address space an instruction names, or "generic"."""
-    return "shared" if ins.has("shared", "shared::cta") else ins.has("global", "local") or "generic"
+    if "shared::cluster" in ins.mods:
+        return "cluster"
+    return "shared" if ins.has("shared", "shared::cta") else ins.has("global", "local", "param") or "generic"
 
 
 def _by_space(space: str, addresses: np.ndarray) -> list[tuple[str, np.ndarray | slice, np.ndarray]]:
@@ -39,9 +42,9 @@ def _by_space(space: str, addresses: np.ndarray) -> list[tuple[str, np.ndarray |
     if space != "generic":
         return [(space, slice(None), addresses)]
     parts: list[tuple[str, np.ndarray | slice, np.ndarray]] = []
-    which = np.where(addresses >> 56 == 1, 1, np.where(addresses >> 57 == 1, 2, 0))
-    for k, name in enumerate(("global", "shared", "local")):
-        chosen = np.flatnonzero(which == k)
+    window = addresses >> 56
+    for k, name in ((0, "global"), (1, "cluster"), (2, "local"), (4, "param")):
+        chosen = np.flatnonzero(window == k)
         if chosen.size:
             parts.append((name, chosen, addresses[chosen] - WINDOWS.get(name, 0)))
     return parts
@@ -50,23 +53,25 @@ def _by_space(space: str, addresses: np.ndarray) -> list[tuple[str, np.ndarray |
 @opcode("cvta", "to global local shared const param", "u64")
 def cvta(machine: Machine, ins: Instruction) -> Execute | None:
     """Generic addresses to addresses of one space, and back."""
-    window = np.uint64(WINDOWS.get(ins.has("shared", "local") or "", 0))
-    if "param" in ins.mods:
-        return None
+    window = np.uint64(WINDOWS.get(ins.has("shared", "local", "param") or "", 0))
     if "to" in ins.mods:
         return simple(machine, ins, lambda x: x - window)
     return simple(machine, ins, lambda x: x + window)
 
 
-@opcode("ld", "param const global shared shared::cta local v2 v4 v8 acquire " + CACHE_HINTS, VALUES)
+@opcode(
+    "ld",
+    "param const global shared shared::cta shared::cluster local v2 v4 v8 acquire " + CACHE_HINTS,
+    VALUES,
+)
 def load(machine: Machine, ins: Instruction) -> Execute | None:
-    if "param" in ins.mods:
+    if "param" in ins.mods and not re.match(r"\[\s*%", ins.args[1]):
         return _load_parameter(machine, ins)
     width = WIDTH[ins.types[0]]
     address, puts = machine.address(ins.args[1]), [machine.write(r) for r in vector(ins.args[0])]
     space, size = _space(ins), width // 8 * len(puts)
     if "const" in ins.mods:
-        space = "global"
+        space = "const"
     if not _well_formed(ins, len(puts), 2):
         return None
     element = SINT[width] if ins.types[0][0] == "s" else UINT[width]
@@ -126,7 +131,7 @@ def _load_parameter(machine: Machine, ins: Instruction) -> Execute | None:
     return run
 
 
-@opcode("st", "global shared shared::cta local v2 v4 v8 release " + CACHE_HINTS, VALUES)
+@opcode("st", "global shared shared::cta shared::cluster local v2 v4 v8 release " + CACHE_HINTS, VALUES)
 def store(machine: Machine, ins: Instruction) -> Execute | None:
     width = WIDTH[ins.types[0]]
     address, sources = (
@@ -206,8 +211,8 @@ def _allowed(kind: str, type_name: str, count: int, has_result: bool, ins: Instr
 
 @opcode(
     "atom red",
-    "global shared shared::cta relaxed acquire release acq_rel cta gpu sys noftz v2 v4 v8 L2::cache_hint "
-    + " ".join(UPDATE),
+    "global shared shared::cta shared::cluster relaxed acquire release acq_rel cta gpu sys noftz v2 v4 v8 "
+    "L2::cache_hint " + " ".join(UPDATE),
     "b16 b32 b64 u32 s32 u64 s64 f32 f64 f16 bf16 f16x2 bf16x2",
 )
 def atomic(machine: Machine, ins: Instruction) -> Execute | None:

@@ -12,19 +12,43 @@ typedef struct {
     Dim3 grid, block;
     size_t shared;
     void* stream;
-    const int* attributes;
+    const struct Attribute* attributes;
     unsigned attribute_count;
 } LaunchConfig;
 
-typedef int (*Hook)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
-                    size_t shared);
+typedef struct Attribute {
+    int id;
+    union {
+        unsigned cluster[3];
+        int allowed;
+        char size[64];
+    } __attribute__((aligned(8))) value;
+} Attribute;
 
-enum { INVALID_VALUE = 1, INVALID_FUNCTION = 98, MAX_KERNELS = 4096, MAX_SHARED = 227 * 1024 };
-enum { FUNCTION_MAX_DYNAMIC_SHARED = 8, LAUNCH_CLUSTER = 4 };
-enum { DEVICE_MULTIPROCESSORS = 16, DEVICE_MAJOR = 75, DEVICE_MINOR = 76, DEVICE_MAX_SHARED = 97 };
+// cudaFuncAttributes
+typedef struct {
+    size_t shared, constants, local;
+    int max_threads, registers, ptx_version, binary_version, cache_mode, max_dynamic_shared, rest[24];
+} FunctionAttributes;
+
+// `dependent`: the launch may begin before the one before it has ended.
+typedef int (*Hook)(const char* kernel, const unsigned* grid, const unsigned* block, const unsigned* cluster,
+                    int dependent, void** arguments, size_t shared);
+
+enum { INVALID_VALUE = 1, INVALID_FUNCTION = 98, LAUNCH_FAILURE = 719, NOT_SUPPORTED = 801 };
+enum { MAX_KERNELS = 4096, MAX_CLUSTER = 8, WITHOUT_ASKING = 48 * 1024 };
+enum { FUNCTION_MAX_DYNAMIC_SHARED = 8 };
+enum {
+    LAUNCH_IGNORED = 0,
+    LAUNCH_CLUSTER = 4,
+    LAUNCH_CLUSTER_POLICY = 5,
+    LAUNCH_DEPENDENT = 6,
+    LAUNCH_PRIORITY = 8
+};
 
 static Hook hook;
-static int capability = 80;
+static int capability, multiprocessors;
+static size_t max_shared;
 static Dim3 pushed_grid, pushed_block;
 static size_t pushed_shared;
 static void* pushed_stream;
@@ -36,9 +60,12 @@ static struct {
     size_t max_shared;
 } kernels[MAX_KERNELS];
 
-void fake_cuda_start(Hook new_hook, int new_capability) {
+// shared: the most bytes of shared memory that a block may ask for
+void fake_cuda_start(Hook new_hook, int new_capability, size_t shared, int processors) {
     hook = new_hook;
     capability = new_capability;
+    max_shared = shared;
+    multiprocessors = processors;
 }
 
 static int fail(int error) {
@@ -52,14 +79,48 @@ static int find(const void* function) {
     return -1;
 }
 
-static int launch(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t shared) {
-    int i = find(function);
+static int launch(const LaunchConfig* config, const void* function, void** arguments) {
+    int i = find(function), dependent = 0;
+    Dim3 grid = config->grid, block = config->block;
     unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z};
+    const unsigned* cluster = NULL;
     if (i < 0) return fail(INVALID_FUNCTION);
-    if (shared > kernels[i].max_shared || (size_t)block.x * block.y * block.z > 1024)
+    if (config->shared > kernels[i].max_shared || config->shared > max_shared) return fail(INVALID_VALUE);
+    if ((size_t)block.x * block.y * block.z > 1024 || block.z > 64) return fail(INVALID_VALUE);
+    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         return fail(INVALID_VALUE);
-    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) return fail(INVALID_VALUE);
-    return fail(hook(kernels[i].name, g, b, arguments, shared));
+    for (unsigned k = 0; k < config->attribute_count; k++) {
+        const Attribute* attribute = &config->attributes[k];
+        switch (attribute->id) {
+            case LAUNCH_IGNORED:
+            case LAUNCH_CLUSTER_POLICY:
+            case LAUNCH_PRIORITY:
+                break;
+            case LAUNCH_CLUSTER:
+                cluster = attribute->value.cluster;
+                break;
+            case LAUNCH_DEPENDENT:
+                dependent = attribute->value.allowed;
+                break;
+            default:
+                return fail(NOT_SUPPORTED);
+        }
+    }
+    if ((cluster || dependent) && capability < 90) return fail(INVALID_VALUE);
+    if (cluster) {
+        size_t blocks = 1;
+        for (int k = 0; k < 3; k++) {
+            blocks *= cluster[k];
+            if (!cluster[k] || cluster[k] > MAX_CLUSTER || g[k] % cluster[k]) return fail(INVALID_VALUE);
+        }
+        if (blocks > MAX_CLUSTER) return fail(INVALID_VALUE);
+    }
+    return fail(hook(kernels[i].name, g, b, cluster, dependent, arguments, config->shared));
+}
+
+static int launch_plainly(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t shared) {
+    LaunchConfig config = {grid, block, shared, NULL, NULL, 0};
+    return launch(&config, function, arguments);
 }
 
 // What the code that nvcc generates calls.
@@ -87,7 +148,7 @@ void __cudaRegisterFunction(void** handle, const char* function, char* device, c
     if (kernel_count == MAX_KERNELS) return;
     kernels[kernel_count].function = function;
     kernels[kernel_count].name = name;
-    kernels[kernel_count++].max_shared = 48 * 1024;
+    kernels[kernel_count++].max_shared = WITHOUT_ASKING;
 }
 
 unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared, void* stream) {
@@ -107,7 +168,7 @@ int __cudaGetKernel(void** kernel, const void* function) {
 
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared, void* stream) {
     (void)stream;
-    return launch(kernel, grid, block, arguments, shared);
+    return launch_plainly(kernel, grid, block, arguments, shared);
 }
 
 // The functions of the runtime that launchers may call.
@@ -115,23 +176,29 @@ int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** arguments, si
 int cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t shared,
                      void* stream) {
     (void)stream;
-    return launch(function, grid, block, arguments, shared);
+    return launch_plainly(function, grid, block, arguments, shared);
 }
 
 int cudaLaunchKernelExC(const LaunchConfig* config, const void* function, void** arguments) {
-    const char* attribute = (const char*)config->attributes;
-    for (unsigned i = 0; i < config->attribute_count; i++, attribute += 72)
-        if (*(const int*)attribute == LAUNCH_CLUSTER) return fail(INVALID_VALUE);
-    return launch(function, config->grid, config->block, arguments, config->shared);
+    return launch(config, function, arguments);
 }
 
 int cudaFuncSetAttribute(const void* function, int attribute, int value) {
     int i = find(function);
     if (i < 0) return fail(INVALID_FUNCTION);
     if (attribute == FUNCTION_MAX_DYNAMIC_SHARED) {
-        if (value < 0 || value > MAX_SHARED) return fail(INVALID_VALUE);
+        if (value < 0 || (size_t)value > max_shared) return fail(INVALID_VALUE);
         kernels[i].max_shared = value;
     }
+    return 0;
+}
+
+int cudaFuncGetAttributes(FunctionAttributes* attributes, const void* function) {
+    int i = find(function);
+    if (i < 0) return fail(INVALID_FUNCTION);
+    memset(attributes, 0, sizeof *attributes);
+    attributes->max_threads = 1024;
+    attributes->max_dynamic_shared = (int)kernels[i].max_shared;
     return 0;
 }
 
@@ -141,26 +208,71 @@ int cudaGetLastError(void) {
     return error;
 }
 int cudaPeekAtLastError(void) { return last_error; }
+const char* cudaGetErrorName(int error) {
+    switch (error) {
+        case 0:
+            return "cudaSuccess";
+        case INVALID_VALUE:
+            return "cudaErrorInvalidValue";
+        case INVALID_FUNCTION:
+            return "cudaErrorInvalidDeviceFunction";
+        case LAUNCH_FAILURE:
+            return "cudaErrorLaunchFailure";
+        case NOT_SUPPORTED:
+            return "cudaErrorNotSupported";
+        default:
+            return "unrecognized error code";
+    }
+}
 const char* cudaGetErrorString(int error) {
-    return error == 0 ? "no error" : error == INVALID_VALUE ? "invalid argument" : "launch failure";
+    switch (error) {
+        case 0:
+            return "no error";
+        case INVALID_VALUE:
+            return "invalid argument";
+        case INVALID_FUNCTION:
+            return "invalid device function";
+        case LAUNCH_FAILURE:
+            return "unspecified launch failure";
+        case NOT_SUPPORTED:
+            return "operation not supported";
+        default:
+            return "unrecognized error code";
+    }
 }
 
 int cudaGetDevice(int* device) { return *device = 0; }
+int cudaGetDeviceCount(int* count) {
+    *count = 1;
+    return 0;
+}
 int cudaSetDevice(int device) { return device ? fail(INVALID_VALUE) : 0; }
 int cudaDeviceGetAttribute(int* value, int attribute, int device) {
-    (void)device;
+    if (device) return fail(INVALID_VALUE);
     switch (attribute) {
-        case DEVICE_MULTIPROCESSORS:
-            *value = capability >= 90 ? 132 : 108;
+        case 1:  // threads of a block
+            *value = 1024;
             return 0;
-        case DEVICE_MAJOR:
+        case 8:  // shared memory of a block that does not ask
+            *value = WITHOUT_ASKING;
+            return 0;
+        case 10:  // threads of a warp
+            *value = 32;
+            return 0;
+        case 16:
+            *value = multiprocessors;
+            return 0;
+        case 75:
             *value = capability / 10;
             return 0;
-        case DEVICE_MINOR:
+        case 76:
             *value = capability % 10;
             return 0;
-        case DEVICE_MAX_SHARED:
-            *value = capability >= 90 ? 227 * 1024 : 163 * 1024;
+        case 97:  // shared memory of a block that asks
+            *value = (int)max_shared;
+            return 0;
+        case 120:  // clusters
+            *value = capability >= 90;
             return 0;
         default:
             return fail(INVALID_VALUE);

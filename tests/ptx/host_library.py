@@ -1,15 +1,22 @@
 """CUDA launchers compiled by nvcc, whose launches run on the interpreter.
 
 The launchers are real host code; `fake_cuda_runtime.c` takes the place of the CUDA runtime and hands every
-launch to Python, with the grid, block and shared memory that the launcher computed.
+launch to Python, with the grid, block, cluster and shared memory that the launcher computed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import subprocess
+import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +26,123 @@ import torch
 from .formats import PtxError
 from .machine import run_kernel
 from .memory import GlobalMemory
-from .parser import parse
-from .triton_driver import add_tensor
+from .parser import Module, parse
+from .triton_driver import PROPERTIES, add_tensor
 
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
     ctypes.POINTER(ctypes.c_uint),
     ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_int,
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_size_t,
 )
-LAUNCH_FAILURE = 719
+INVALID_VALUE, LAUNCH_FAILURE = 1, 719
+# Compute capability: shared memory per block in bytes, multiprocessors
+DEVICES = {**PROPERTIES, 100: (232448, 148), 120: (101376, 170)}
+# Processes of nvcc at a time, and seconds after which a compiled file that nobody asks for is deleted
+PROCESSES, KEEP = 2, 14 * 24 * 3600
+_RUNTIME = Path(__file__).with_name("fake_cuda_runtime.c")
+_lock = threading.RLock()
 
 
-def compile_ptx(source: Path, architecture: str = "compute_80", options: Sequence[str] = ()) -> str:
-    """The PTX of a CUDA source, with source lines."""
-    target = source.with_suffix(f".{architecture}.ptx")
-    _run(["nvcc", "-ptx", "-lineinfo", f"-arch={architecture}", *options, str(source), "-o", str(target)])
-    return target.read_text()
+def compile_ptx(
+    sources: Sequence[Path],
+    architecture: str = "compute_80",
+    options: Sequence[str] = (),
+    headers: Path | None = None,
+) -> list[str]:
+    """The PTX of each CUDA source, with source lines. What is compiled is kept until an input changes.
+
+    headers: the folder whose files the sources may include, besides those of the toolkit.
+    """
+    return [x.with_suffix(".ptx").read_text() for x in _compiled(sources, architecture, options, headers)]
 
 
-def compile_library(source: Path, architecture: str = "compute_80", options: Sequence[str] = ()) -> Path:
-    """A shared library of the launchers in a CUDA source, linked with the fake runtime."""
-    runtime, folder = Path(__file__).with_name("fake_cuda_runtime.c"), source.parent
-    objects = [folder / f"{source.stem}.{architecture}.o", folder / "fake_cuda_runtime.o"]
-    host = ["nvcc", "-cudart", "none", "-Xcompiler", "-fPIC", f"-arch={architecture}", *options, "-c"]
-    _run([*host, str(source), "-o", str(objects[0])])
-    _run(["gcc", "-O1", "-fPIC", "-c", str(runtime), "-o", str(objects[1])])
-    library = folder / f"lib{source.stem}.{architecture}.so"
-    # the fake runtime's symbols must not be those of a real one in the same process
-    _run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(library)])
+def compile_library(
+    sources: Sequence[Path],
+    architecture: str = "compute_80",
+    options: Sequence[str] = (),
+    headers: Path | None = None,
+) -> Path:
+    """A shared library of the launchers in CUDA sources, linked with the fake runtime."""
+    objects = [x.with_suffix(".o") for x in _compiled(sources, architecture, options, headers)]
+    library = _folder() / f"lib{_hash([_RUNTIME.read_bytes(), *(o.name.encode() for o in objects)])}.so"
+
+    def link(scratch: Path) -> None:
+        runtime = scratch / "runtime.o"
+        _run(["gcc", "-O1", "-fPIC", "-c", str(_RUNTIME), "-o", str(runtime)])
+        # the fake runtime's symbols must not be those of a real one in the same process
+        parts = [*map(str, objects), str(runtime)]
+        _run(["g++", "-shared", "-Wl,-Bsymbolic", *parts, "-o", str(scratch / library.name)])
+
+    _make([library], link)
     return library
+
+
+def _compiled(
+    sources: Sequence[Path], architecture: str, options: Sequence[str], headers: Path | None
+) -> list[Path]:
+    """For each source a path that ends in .ptx and in .o."""
+    files = sorted(p for p in headers.rglob("*") if p.is_file()) if headers else []
+    common = [_nvcc_version(), architecture.encode(), *(x.encode() for x in options)]
+    common += [x for p in files for x in (str(p.relative_to(headers)).encode(), p.read_bytes())]
+
+    def one(source: Path) -> Path:
+        name = _hash([*common, source.name.encode(), source.read_bytes()])
+        stem = _folder() / f"{source.stem}-{name}"
+
+        def build(scratch: Path) -> None:
+            kept, target = scratch / "kept", scratch / f"{stem.name}.o"
+            kept.mkdir()
+            code = f"arch={architecture},code={architecture}"
+            command = ["nvcc", "-cudart", "none", "-Xcompiler", "-fPIC", "-lineinfo", "-gencode", code]
+            files = ["--keep", "--keep-dir", str(kept), "-c", str(source), "-o", str(target)]
+            _run([*command, *options, *files])
+            (ptx,) = kept.glob("*.ptx")
+            ptx.rename(scratch / f"{stem.name}.ptx")
+
+        _make([stem.with_suffix(".ptx"), stem.with_suffix(".o")], build)
+        return stem
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return list(pool.map(one, sources))
+
+
+def _make(targets: Sequence[Path], build: Any) -> None:
+    """Let `build` write files into a scratch folder, unless they are there; several processes may do so."""
+    if all(target.exists() for target in targets):
+        for target in targets:
+            os.utime(target)  # it is in use
+        return
+    with tempfile.TemporaryDirectory(dir=targets[0].parent) as scratch:
+        build(Path(scratch))
+        for target in targets:
+            os.replace(Path(scratch) / target.name, target)
+    for old in targets[0].parent.iterdir():
+        if old.is_file() and old.stat().st_mtime < time.time() - KEEP:
+            old.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "crossvit-kernels-interpreter"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _nvcc_version() -> bytes:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
 
 
 def _run(command: list[str]) -> None:
@@ -59,31 +151,62 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-class HostLibrary:
-    """Calls launchers of a library; defects of the kernels are raised as `PtxError`."""
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher asked for."""
 
-    def __init__(self, library: Path, ptx: str, capability: int = 80, **options: Any) -> None:
-        self.module, self.options = parse(ptx), options
-        # kernel, grid, block, shared memory of every launch
-        self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...], int]] = []
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    cluster: tuple[int, ...] | None = None
+    dependent: bool = False  # it may begin before the launch before it has ended
+
+
+class HostLibrary:
+    """Calls launchers of a library; defects of the kernels are raised as `PtxError`.
+
+    ptx: one text for each source of the library. Kernels see the variables of their own text only.
+    """
+
+    def __init__(self, library: Path, ptx: str | Sequence[str], capability: int = 80, **options: Any) -> None:
+        self.options, self.capability = options, capability
+        self.modules: dict[str, Module] = {}  # of each kernel
+        for text in [ptx] if isinstance(ptx, str) else ptx:
+            for name, kernel in (module := parse(text)).kernels.items():
+                first = self.modules.setdefault(name, module).kernels[name]
+                if [i.line for i in first.code] != [i.line for i in kernel.code]:
+                    raise PtxError(f"two sources have different kernels {name}")
+        self.launches: list[Launched] = []
         self.steps = 0
         self._library = ctypes.CDLL(str(library))
+        self._library.cudaGetErrorName.restype = ctypes.c_char_p
         self._hook = _HOOK(self._launch)
-        self._library.fake_cuda_start(self._hook, capability)
         self._error: Exception | None = None
-        self._lock = threading.Lock()
 
-    def call(self, function: str, *args: Any) -> None:
-        """Call a launcher that returns a CUDA error code. Tensors and arrays are passed as pointers."""
-        with self._lock:
-            self._memory, self._error = [a for a in args if isinstance(a, torch.Tensor | np.ndarray)], None
+    def call(
+        self, function: str, *args: Any, memory: Sequence[torch.Tensor | np.ndarray] = (), check: bool = True
+    ) -> int:
+        """Call a launcher and return its CUDA error code, which must be 0 if `check`.
+
+        Tensors and arrays are passed as pointers; kernels may touch them and those in `memory`.
+        """
+        with _lock:
+            self._memory = [a for a in (*args, *memory) if isinstance(a, torch.Tensor | np.ndarray)]
+            self._error = None
+            shared, processors = DEVICES[self.capability]
+            self._library.fake_cuda_start(self._hook, self.capability, ctypes.c_size_t(shared), processors)
             code = getattr(self._library, function)(*map(_c_argument, args))
             if self._error:
                 raise self._error
-            if code:
-                raise PtxError(f"{function} returned CUDA error {code}")
+            if code and check:
+                name = self._library.cudaGetErrorName(code).decode()
+                raise PtxError(f"{function} returned CUDA error {code} ({name})")
+            return int(code)
 
-    def _launch(self, name: bytes, grid: Any, block: Any, args: Any, shared: int) -> int:
+    def _launch(
+        self, name: bytes, grid: Any, block: Any, cluster: Any, dependent: int, args: Any, shared: int
+    ) -> int:
         if self._error:
             return LAUNCH_FAILURE
         try:
@@ -93,13 +216,21 @@ class HostLibrary:
                     add_tensor(memory, data.detach())
                 else:
                     memory.add_array(data)
-            kernel = self.module.kernels[name.decode()]
+            module = self.modules[name.decode()]
+            kernel = module.kernels[name.decode()]
+            static = sum(kernel.shared.values())
+            if static + shared > DEVICES[self.capability][0]:
+                return INVALID_VALUE
             values = [ctypes.string_at(args[i], p.size) for i, p in enumerate(kernel.params)]
-            self.launches.append((kernel.name, tuple(grid[:3]), tuple(block[:3]), shared))
-            steps = run_kernel(
-                self.module, kernel.name, grid[:3], block[:3], shared, values, memory, **self.options
+            shape = tuple(cluster[:3]) if cluster else None
+            launched = Launched(
+                kernel.name, tuple(grid[:3]), tuple(block[:3]), shared, shape, bool(dependent)
             )
-            self.steps += steps
+            self.launches.append(launched)
+            self.steps += run_kernel(
+                module, kernel.name, launched.grid, launched.block, shared, values, memory,
+                cluster=shape, dependent=bool(dependent), **self.options,
+            )  # fmt: skip
         except Exception as error:  # an exception cannot cross the C frames
             self._error = error
             return LAUNCH_FAILURE

@@ -1,8 +1,8 @@
-"""One kernel launch: the registers of all threads of the grid, access to operands, and the scheduler.
+"""One kernel launch: the registers of all threads, access to operands, and the scheduler.
 
-Every register is a numpy array with one element per thread of the whole grid, so one numpy operation executes
-an instruction for all threads. The threads at the lowest place in the code step first; as long as all threads
-are at one place, no masks are needed.
+Every register is a numpy array with one element per thread, so one numpy operation executes an instruction
+for all threads. The threads at the lowest place in the code step first; as long as all threads are at one
+place, no masks are needed. Large grids run in parts, whole clusters of blocks one after another.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from typing import Any
 import numpy as np
 
 from . import floating, scalar
+from .clusters import ClusterBarriers
 from .formats import UINT, WIDTH, PtxError, numpy_type
-from .memory import GlobalMemory, Memories
+from .memory import GlobalMemory, Memories, ParameterSpace, Shadow
 from .opcodes import OPCODES, Control, Execute, Mask, Operand, build, opcode
 from .order import Order
 from .parser import Instruction, Kernel, Module
 
-RUNNING, AT_MBARRIER, AT_BARRIER, AT_WARP = range(4)
+RUNNING, AT_MBARRIER, AT_BARRIER, AT_WARP, AT_CLUSTER = range(5)
 STATES = {
     RUNNING: "running",
     AT_MBARRIER: "an mbarrier",
     AT_BARRIER: "a barrier",
     AT_WARP: "a warp instruction",
+    AT_CLUSTER: "a cluster barrier",
 }
+# Threads of a part of a grid: enough that numpy's cost per call is small, and few enough that the registers
+# and clocks of a large kernel take some hundred megabytes.
+PART = 32_768
+# The most blocks of a cluster that every GPU with clusters takes.
+MAX_CLUSTER = 8
 # After PATIENCE steps of threads that have diverged, those furthest down get TURN steps: spin locks need it.
 PATIENCE, TURN = 2048, 512
 # Instructions that combine bits: a pair of which only one half is ever used may have an undefined other half.
@@ -50,25 +57,51 @@ class Step:
     merges_bits: bool = False  # the result may depend on some of the sources alone
 
 
-class Machine:
-    """A launch that is ready to `run`.
+@dataclass
+class Launch:
+    """What all parts of a grid have in common: its shape, the addresses of variables, and global memory."""
 
-    races: check races; max_steps: the end of endless loops; seed: of the order of atomic operations;
-    serial_wgmma: products complete when they are committed, as where ptxas adds the wait (Triton relies on it
-    for fp16 accumulators); strict_mbarrier, strict_proxy: the fences of the asynchronous proxy are needed for
-    mbarriers and for operands; strict_registers: registers must be written before their value is used.
+    kernel: Kernel
+    grid: Sequence[int]
+    block: Sequence[int]
+    cluster: Sequence[int]
+    explicit_cluster: bool
+    symbols: dict[str, int]
+    shared_size: int
+    local_size: int
+    parameters: dict[str, np.ndarray]
+    memory: GlobalMemory
+    shadow: Shadow | None
+
+    @property
+    def blocks(self) -> int:
+        return int(np.prod(self.grid))
+
+    def parts(self) -> list[range]:
+        """The blocks that run together: all of them where they may wait for one another."""
+        of_cluster = int(np.prod(self.cluster))
+        size = max(1, PART // (int(np.prod(self.block)) * of_cluster)) * of_cluster
+        if orders_blocks(self.kernel):
+            size = self.blocks
+        return [range(a, min(a + size, self.blocks)) for a in range(0, self.blocks, size)]
+
+
+class Machine:
+    """A part of a launch that is ready to `run`.
+
+    dependent: the launch may begin before the one before it has ended, so that every thread must execute
+    griddepcontrol.wait before it touches global memory; max_steps: the end of endless loops, of each part;
+    seed: of the order of atomic operations; serial_wgmma: products complete when they are committed, as where
+    ptxas adds the wait (Triton relies on it for fp16 accumulators); strict_mbarrier, strict_proxy: the fences
+    of the asynchronous proxy are needed for mbarriers and for operands; strict_registers: registers must be
+    written before their value is used.
     """
 
     def __init__(
         self,
-        module: Module,
-        name: str,
-        grid: Sequence[int],
-        block: Sequence[int],
-        dynamic_shared: int,
-        args: Sequence[Any],
-        memory: GlobalMemory,
-        races: bool = True,
+        launch: Launch,
+        blocks: range,
+        dependent: bool = False,
         max_steps: int = 3_000_000,
         seed: int = 0,
         serial_wgmma: bool = False,
@@ -76,22 +109,30 @@ class Machine:
         strict_proxy: bool = True,
         strict_registers: bool = True,
     ) -> None:
-        if name not in module.kernels:
-            raise PtxError(f"no kernel {name} among {', '.join(module.kernels)}")
-        self.kernel: Kernel = module.kernels[name]
+        self.launch, self.kernel = launch, launch.kernel
         self.max_steps, self.random = max_steps, np.random.default_rng(seed)
         self.serial_wgmma, self.strict_mbarrier = serial_wgmma, strict_mbarrier
-        self.threads, self.blocks = int(np.prod(block)), int(np.prod(grid))
+        self.threads, self.blocks = int(np.prod(launch.block)), len(blocks)
         self.n = self.threads * self.blocks
         self.all_lanes = np.arange(self.n)
-        self._check_block(block)
-        self._special_registers(grid, block)
-        self._lay_out(module, dynamic_shared, memory)
-        self.order = Order(self.blocks, self.threads)
+        self._special_registers(blocks)
+        self.params, parameters = launch.parameters, ParameterSpace(launch.parameters)
+        self.symbols = {**launch.symbols, **parameters.addresses}
+        of_cluster = int(np.prod(launch.cluster))
+        self.order = Order(self.blocks, self.threads, blocks.start * self.threads, of_cluster)
+        granules = access_granules(self.kernel)
         self.memory = Memories(
-            memory, self.order, self.shared_size, self.local_size, access_granules(self.kernel), races
+            launch.memory,
+            self.order,
+            launch.shared_size,
+            launch.local_size,
+            granules,
+            parameters,
+            launch.shadow,
         )
         self.memory.strict_proxy = strict_proxy
+        if dependent:
+            self.memory.globals.too_early = np.ones(self.n, bool)
         self.registers = {
             r: np.zeros(self.n, bool if t == "pred" else UINT[max(8, WIDTH[t])])
             for r, t in self.kernel.registers.items()
@@ -99,7 +140,6 @@ class Machine:
         # which threads have written a register, for the registers that not all have
         self.incomplete = {r: np.zeros(self.n, bool) for r in self.registers} if strict_registers else {}
         self.carry = np.zeros(self.n, np.uint64)
-        self.params = self._parameters(args)
         self.state, self.place = np.zeros(self.n, np.int8), np.zeros(self.n, np.int32)
         self._asynchronous_state()
         self.code: list[Step] = []
@@ -107,59 +147,32 @@ class Machine:
         self.code = [self._step(ins) for ins in self.kernel.code]
         self.steps = 0
 
-    def _check_block(self, block: Sequence[int]) -> None:
-        if self.threads % 32 or not 0 < self.threads <= 1024:
-            raise PtxError(f"blocks must be whole warps, at most 1024 threads: {tuple(block)}")
-        required = self.kernel.threads
-        if required and int(np.prod(required)) != self.threads:
-            raise PtxError(f"{self.kernel.name} requires blocks of {required} threads, not {tuple(block)}")
-
-    def _special_registers(self, grid: Sequence[int], block: Sequence[int]) -> None:
-        thread = np.arange(self.n, dtype=np.uint32)
-        number, local = thread // self.threads, thread % self.threads
-        self.special = {"%laneid": local % 32, "%warpid": local // 32}
+    def _special_registers(self, blocks: range) -> None:
+        """Blocks are numbered cluster by cluster."""
+        thread, launch = np.arange(self.n), self.launch
+        local, of_cluster = thread % self.threads, int(np.prod(launch.cluster))
+        number = blocks.start + thread // self.threads
+        cluster, rank = number // of_cluster, number % of_cluster
+        clusters = [g // c for g, c in zip(launch.grid, launch.cluster, strict=True)]
+        special = {
+            "%laneid": local % 32,
+            "%warpid": local // 32,
+            "%cluster_ctarank": rank,
+            "%cluster_nctarank": np.array([of_cluster]),
+        }
         for i, axis in enumerate("xyz"):
-            self.special[f"%tid.{axis}"] = local // int(np.prod(block[:i])) % block[i]
-            self.special[f"%ctaid.{axis}"] = number // int(np.prod(grid[:i])) % grid[i]
-            self.special[f"%ntid.{axis}"] = np.full(self.n, block[i])
-            self.special[f"%nctaid.{axis}"] = np.full(self.n, grid[i])
-        self.special = {k: v.astype(np.uint32) for k, v in self.special.items()}
-
-    def _lay_out(self, module: Module, dynamic_shared: int, memory: GlobalMemory) -> None:
-        """Addresses of all variables."""
-        self.symbols: dict[str, int] = {"WARP_SZ": 32}
-        at = 0
-        for name, size in {**module.shared, **self.kernel.shared}.items():
-            self.symbols[name] = at = (at + 127) // 128 * 128
-            at += size
-        if module.dynamic:
-            at = (at + 1023) // 1024 * 1024 if at else 0
-        self.symbols.update({name: at for name in module.dynamic})
-        self.shared_size, self.local_size = at + dynamic_shared, 0
-        for name, size in self.kernel.local.items():
-            self.symbols[name], self.local_size = self.local_size, (self.local_size + size + 15) // 16 * 16
-        for name, (kind, count, values) in module.data.items():
-            array = np.zeros(count, UINT[WIDTH[kind]])
-            for i, value in enumerate(values):
-                array[i : i + 1] = self._constant(value, kind).view(array.dtype)
-            self.symbols[name] = memory.add_array(array)
-        memory.freeze()
-
-    def _parameters(self, args: Sequence[Any]) -> dict[str, np.ndarray]:
-        """The bytes of every parameter."""
-        params = self.kernel.params
-        if len(args) != len(params):
-            raise PtxError(f"{self.kernel.name} takes {len(params)} arguments, got {len(args)}")
-        out = {}
-        for param, arg in zip(params, args, strict=True):
-            if isinstance(arg, bytes) or param.count is not None:
-                data = np.frombuffer(bytes(arg), np.uint8)
-                if data.size != param.size:
-                    raise PtxError(f"parameter {param.name} has {param.size} bytes, got {data.size}")
-            else:
-                data = np.asarray(arg).astype(numpy_type(param.type)).reshape(1).view(np.uint8)
-            out[param.name] = data
-        return out
+            block, shape = launch.block, launch.cluster
+            special[f"%tid.{axis}"] = local // int(np.prod(block[:i])) % block[i]
+            special[f"%ntid.{axis}"] = np.array([block[i]])
+            special[f"%nctaid.{axis}"] = np.array([launch.grid[i]])
+            special[f"%cluster_ctaid.{axis}"] = rank // int(np.prod(shape[:i])) % shape[i]
+            special[f"%cluster_nctaid.{axis}"] = np.array([shape[i]])
+            special[f"%clusterid.{axis}"] = cluster // int(np.prod(clusters[:i])) % clusters[i]
+            special[f"%nclusterid.{axis}"] = np.array([clusters[i]])
+            special[f"%ctaid.{axis}"] = (
+                special[f"%clusterid.{axis}"] * shape[i] + special[f"%cluster_ctaid.{axis}"]
+            )
+        self.special = {k: v.astype(np.uint32) for k, v in special.items()}
 
     def _asynchronous_state(self) -> None:
         self.copies: list[Any] = []  # cp.async
@@ -172,6 +185,7 @@ class Machine:
         self.bulk_group = np.zeros(self.n, np.int64)
         self.products: list[Any] = []  # wgmma
         self.accumulators: dict[Any, Any] = {}
+        self.cluster_barriers = ClusterBarriers(self.n, self.order.of_cluster)
         self.fenced: dict[str, np.ndarray] = {}
         self.fenced_lanes = np.zeros(self.n, bool)
 
@@ -184,12 +198,14 @@ class Machine:
             return lambda: ~inner()
         if operand in self.registers:
             return self._register(operand, type_name)
-        if operand in self.special:
+        if operand == "%is_explicit_cluster" and type_name == "pred":
+            value = np.array([self.launch.explicit_cluster])
+        elif operand in self.special:
             if WIDTH[type_name] < 32:
                 raise PtxError(f"{operand} read as {type_name}")
             value = self.special[operand].astype(numpy_type(type_name))
         else:
-            value = self._constant(operand, type_name)
+            value = constant(operand, type_name, self.symbols)
         return lambda: value
 
     def _register(self, name: str, type_name: str) -> Operand:
@@ -203,24 +219,6 @@ class Machine:
             view = values.view(numpy_type(type_name))
             return lambda: view
         return lambda: values.astype(UINT[width]).view(numpy_type(type_name))
-
-    def _constant(self, operand: str, type_name: str) -> np.ndarray:
-        width = WIDTH[type_name]
-        if operand in self.symbols:
-            return np.array([self.symbols[operand]]).astype(numpy_type(type_name))
-        if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", operand):
-            bits = {"f": 32, "d": 64}[match.group(1).lower()]
-            if bits != width:
-                raise PtxError(f"{operand} used as {type_name}")
-            return np.array([int(match.group(2), 16)], UINT[bits]).view(numpy_type(type_name))
-        if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
-            raise PtxError(f"unknown operand {operand}")
-        value = int(operand.rstrip("U"), 0)
-        if type_name == "pred":
-            return np.array([value != 0])
-        if type_name in ("f32", "f64"):
-            raise PtxError(f"integer constant {operand} used as {type_name}")
-        return np.array([value & ((1 << width) - 1)], UINT[width]).view(numpy_type(type_name))
 
     def write(self, operand: str) -> Callable[[Any, Mask], None]:
         """A function (values, mask) that sets a register; smaller integers are extended by their own sign."""
@@ -320,8 +318,20 @@ class Machine:
             self.order.barrier(int(block))
         return bool(full.any())
 
+    def wait_for_cluster(self, lanes: np.ndarray) -> None:
+        self.state[lanes] = AT_CLUSTER
+
+    def wake_cluster(self, threads: np.ndarray) -> None:
+        """Those of the threads that wait at a cluster barrier try again."""
+        self.state[threads & (self.state == AT_CLUSTER)] = RUNNING
+
     def _deadlock(self) -> PtxError:
         waiting = np.flatnonzero(self.place < self.end)
+        if (self.state[waiting] == AT_CLUSTER).any() and self.cluster_barriers.missing(
+            self.place >= self.end
+        ).any():
+            where = self.code[self.place[waiting[self.state[waiting] == AT_CLUSTER][0]]].line
+            return PtxError(f"cluster barrier divergence: threads exited while others wait at {where}")
         seen = sorted({(int(self.place[x]), int(self.state[x])) for x in waiting})
         words = []
         for place, state in seen:
@@ -362,6 +372,7 @@ class Machine:
         ):
             if left:
                 raise PtxError(f"{what} of {self.kernel.name} were never waited for")
+        self.memory.cluster.check_exits()
 
     def _run(self) -> None:
         uniform, current, apart = True, 0, 0
@@ -515,6 +526,105 @@ def _trap(machine: Machine, ins: Instruction) -> Execute:
     return run
 
 
+def orders_blocks(kernel: Kernel) -> bool:
+    """Whether blocks may wait for one another: atomic operations or strong accesses to global memory."""
+    strong = ("volatile", "relaxed", "acquire", "release")
+    return any(
+        (i.op in ("atom", "red") or (i.op in ("ld", "st") and i.has(*strong)))
+        and not i.has("shared", "shared::cta", "shared::cluster")
+        for i in kernel.code
+    )
+
+
+def constant(operand: str, type_name: str, symbols: dict[str, int]) -> np.ndarray:
+    """The value of a literal or of the name of a variable, which is its address."""
+    width = WIDTH[type_name]
+    if operand in symbols:
+        return np.array([symbols[operand]]).astype(numpy_type(type_name))
+    if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", operand):
+        bits = {"f": 32, "d": 64}[match.group(1).lower()]
+        if bits != width:
+            raise PtxError(f"{operand} used as {type_name}")
+        return np.array([int(match.group(2), 16)], UINT[bits]).view(numpy_type(type_name))
+    if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
+        raise PtxError(f"unknown operand {operand}")
+    value = int(operand.rstrip("U"), 0)
+    if type_name == "pred":
+        return np.array([value != 0])
+    if type_name in ("f32", "f64"):
+        raise PtxError(f"integer constant {operand} used as {type_name}")
+    return np.array([value & ((1 << width) - 1)], UINT[width]).view(numpy_type(type_name))
+
+
+def _check_shape(kernel: Kernel, block: Sequence[int]) -> None:
+    threads = int(np.prod(block))
+    if threads % 32 or not 0 < threads <= 1024:
+        raise PtxError(f"blocks must be whole warps, at most 1024 threads: {tuple(block)}")
+    if kernel.threads and int(np.prod(kernel.threads)) != threads:
+        raise PtxError(f"{kernel.name} requires blocks of {kernel.threads} threads, not {tuple(block)}")
+
+
+def _cluster_shape(
+    module: Module, kernel: Kernel, grid: Sequence[int], cluster: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The blocks of a cluster: those of the launch, or those that the kernel was compiled for."""
+    asked = tuple(cluster) if cluster else None
+    if kernel.cluster and asked and asked != kernel.cluster:
+        raise PtxError(f"{kernel.name} requires clusters of {kernel.cluster} blocks, not {asked}")
+    shape = asked or kernel.cluster
+    if shape is None:
+        if kernel.explicit_cluster:
+            raise PtxError(f"{kernel.name} must be launched with a cluster shape")
+        return (1, 1, 1)
+    architecture = re.match(r"sm_(\d+)", module.target)
+    if architecture and int(architecture.group(1)) < 90:
+        raise PtxError(f"{kernel.name} is compiled for {module.target}, which has no clusters")
+    if min(shape) < 1 or int(np.prod(shape)) > MAX_CLUSTER:
+        raise PtxError(f"clusters have 1 to {MAX_CLUSTER} blocks, not {shape}")
+    if any(g % c for g, c in zip(grid, shape, strict=True)):
+        raise PtxError(f"a grid of {tuple(grid)} blocks is not made of clusters of {shape}")
+    return shape
+
+
+def _lay_out(
+    module: Module, kernel: Kernel, dynamic_shared: int, memory: GlobalMemory
+) -> tuple[dict[str, int], int, int]:
+    """Addresses of all variables; bytes of shared memory of a block and of local memory of a thread."""
+    symbols: dict[str, int] = {"WARP_SZ": 32}
+    at = local_size = 0
+    for name, size in kernel.shared.items():
+        symbols[name] = at = (at + 127) // 128 * 128
+        at += size
+    if module.dynamic:
+        at = (at + 1023) // 1024 * 1024 if at else 0
+    symbols.update({name: at for name in module.dynamic})
+    for name, size in kernel.local.items():
+        symbols[name], local_size = local_size, (local_size + size + 15) // 16 * 16
+    for name, (kind, count, values) in module.data.items():
+        array = np.zeros(count, UINT[WIDTH[kind]])
+        for i, value in enumerate(values):
+            array[i : i + 1] = constant(value, kind, symbols).view(array.dtype)
+        symbols[name] = memory.add_array(array)
+    memory.freeze()
+    return symbols, at + dynamic_shared, local_size
+
+
+def _parameters(kernel: Kernel, args: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The bytes of every parameter."""
+    if len(args) != len(kernel.params):
+        raise PtxError(f"{kernel.name} takes {len(kernel.params)} arguments, got {len(args)}")
+    out = {}
+    for param, arg in zip(kernel.params, args, strict=True):
+        if isinstance(arg, bytes) or param.count is not None:
+            data = np.frombuffer(bytes(arg), np.uint8)
+            if data.size != param.size:
+                raise PtxError(f"parameter {param.name} has {param.size} bytes, got {data.size}")
+        else:
+            data = np.asarray(arg).astype(numpy_type(param.type)).reshape(1).view(np.uint8)
+        out[param.name] = data
+    return out
+
+
 def run_kernel(
     module: Module,
     name: str,
@@ -523,17 +633,35 @@ def run_kernel(
     dynamic_shared: int,
     args: Sequence[Any],
     memory: GlobalMemory | None = None,
+    cluster: Sequence[int] | None = None,
+    races: bool = True,
     **options: Any,
 ) -> int:
     """Launch a kernel and return the number of its steps.
 
     A numpy array among `args` is registered and becomes a pointer; other arguments are numbers, addresses
-    that the caller registered in `memory`, or bytes for parameters passed by value. Options are those of
-    `Machine`.
+    that the caller registered in `memory`, or bytes for parameters passed by value. cluster: blocks of a
+    cluster along each axis; races: check races. Further options are those of `Machine`.
     """
     memory = memory or GlobalMemory()
+    if name not in module.kernels:
+        raise PtxError(f"no kernel {name} among {', '.join(module.kernels)}")
+    kernel = module.kernels[name]
     values = [memory.add_array(a) if isinstance(a, np.ndarray) and a.ndim else a for a in args]
-    machine = Machine(module, name, grid, block, dynamic_shared, values, memory, **options)
+    _check_shape(kernel, block)
+    shape = _cluster_shape(module, kernel, grid, cluster)
+    symbols, shared_size, local_size = _lay_out(module, kernel, dynamic_shared, memory)
+    units = memory.total // access_granules(kernel)["global"] + 1
+    shadow = Shadow(units, "global", int(np.prod(grid)) > 1) if races else None
+    explicit, parameters = bool(cluster or kernel.cluster), _parameters(kernel, values)
+    launch = Launch(
+        kernel, grid, block, shape, explicit, symbols, shared_size, local_size, parameters, memory, shadow
+    )
+    return sum(_run_part(launch, blocks, options) for blocks in launch.parts())
+
+
+def _run_part(launch: Launch, blocks: range, options: dict[str, Any]) -> int:
+    machine = Machine(launch, blocks, **options)
     try:
         machine.run()
     finally:

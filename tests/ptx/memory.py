@@ -146,9 +146,12 @@ class Shadow:
 
     WRITER, READER, OTHER_WARP, OTHER_BLOCK = range(4)
 
-    def __init__(self, granules: int, order: Order, name: str) -> None:
-        self.order, self.name = order, name
-        self.who = np.full((4 if name == "global" else 3, granules), -1, np.int32)
+    order: Order  # of the part of the grid that runs now
+
+    def __init__(self, granules: int, name: str, across: bool) -> None:
+        """across: threads of several blocks have access."""
+        self.name, self.across = name, across
+        self.who = np.full((4 if across else 3, granules), -1, np.int32)
         self.when = np.zeros(self.who.shape, np.uint32)
         self.atomic = np.zeros(granules, bool)
 
@@ -158,16 +161,17 @@ class Shadow:
             fine = self.order.before(who, self.when[kind][units], lanes)
             if not fine.all():
                 lane, unit = np.argwhere(~fine)[0]
-                pair = f"thread {lanes[lane if len(lanes) > 1 else 0]} after thread {who[lane, unit]}"
+                mine = lanes[lane if len(lanes) > 1 else 0] + self.order.first
+                pair = f"thread {mine} after thread {who[lane, unit]}"
                 raise PtxError(f"race on {self.name} memory ({what}, {pair}): {line}")
 
     def read(self, units: np.ndarray, lanes: np.ndarray, line: str) -> None:
         self._check(self.WRITER, units, lanes, "read after write", line)
         last, when = self.who[self.READER][units], self.when[self.READER][units]
-        me = lanes[:, None]
+        me = lanes[:, None] + self.order.first
         if (last >= 0).any():
             self._keep(self.OTHER_WARP, units, last, when, (last >= 0) & (last // 32 != me // 32), lanes)
-            if self.name == "global" and self.order.blocks > 1:
+            if self.across:
                 threads = self.order.threads
                 elsewhere = (last >= 0) & (last // threads != me // threads)
                 self._keep(self.OTHER_BLOCK, units, last, when, elsewhere, lanes)
@@ -199,7 +203,7 @@ class Shadow:
         self._check(self.WRITER, units, lanes, "write after write", line)
         for kind in range(self.READER, len(self.who)):
             self._check(kind, units, lanes, "write after read", line)
-        me = lanes[:, None]
+        me = lanes[:, None] + self.order.first
         self.who[self.WRITER][units], self.when[self.WRITER][units] = me, self.order.clock[lanes][:, None]
         self.atomic[units] = False
         if (self.who[self.WRITER][units] != me).any():
@@ -221,7 +225,8 @@ class Shadow:
             self._check(self.WRITER, units, lanes, "atomic operation after write", line)
         for kind in range(self.READER, len(self.who)):
             self._check(kind, units, lanes, "atomic operation after read", line)
-        self.who[self.WRITER][units], self.when[self.WRITER][units] = lane, self.order.clock[lane]
+        self.who[self.WRITER][units] = lane + self.order.first
+        self.when[self.WRITER][units] = self.order.clock[lane]
         self.atomic[units] = True
 
 
@@ -259,12 +264,87 @@ class GlobalSpace(Space):
     def __init__(self, memory: GlobalMemory, granule: int) -> None:
         self.name, self.granule, self.memory = "global", granule, memory
         self.view, self.ready, self.shadow = memory.view, None, None
+        self.too_early: np.ndarray | None = None  # threads that must wait for the launch before this one
 
     def positions(self, addresses: np.ndarray, size: int, lanes: np.ndarray, line: str) -> np.ndarray:
+        if self.too_early is not None and self.too_early[lanes].any():
+            raise PtxError(f"global memory before griddepcontrol.wait: {line}")
         return self.memory.positions(addresses, size, line)
 
     def places(self, addresses: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return addresses - self.memory.base
+
+
+# An address in the shared memory of block r of a cluster carries r + 1 above these bits.
+RANK_SHIFT = 24
+
+
+class ClusterSpace(Space):
+    """The shared memory of all blocks of a cluster."""
+
+    def __init__(self, shared: Space, order: Order) -> None:
+        self.name, self.size, self.granule, self.owner = "shared", shared.size, shared.granule, shared.owner
+        self.stride, self.data, self.view = shared.stride, shared.data, shared.view
+        self.ready, self.shadow, self.order = shared.ready, None, order
+        self.blocks = order.of_cluster // order.threads
+        # the clock of each thread at its last access to the block of each rank, and the instruction's line
+        self.last = np.zeros((self.blocks, order.n if self.blocks > 1 else 0), np.uint32)
+        self.line = ""
+
+    def positions(self, addresses: np.ndarray, size: int, lanes: np.ndarray, line: str) -> np.ndarray:
+        rank, own = (addresses >> RANK_SHIFT) - 1, self.owner[lanes]
+        if (rank < 0).all():
+            return super().positions(addresses, size, lanes, line)
+        if (rank >= self.blocks).any():
+            raise PtxError(f"no block {rank.max()} in a cluster of {self.blocks}: {line}")
+        block = np.where(rank < 0, own, own // self.blocks * self.blocks + rank)
+        remote = block != own
+        if (self.order.waited[lanes[remote]] == 0).any():
+            raise PtxError(f"no cluster barrier before: the other block may not have started: {line}")
+        there = lanes[remote]
+        self.last[rank[remote], there], self.line = self.order.clock[there], line
+        offsets = super().positions(addresses & ((1 << RANK_SHIFT) - 1), size, lanes, line)
+        return offsets + (block - own) * self.stride
+
+    def check_exits(self) -> None:
+        """No block may have left while its shared memory was still in use."""
+        threads = self.order.threads
+        for rank, last in enumerate(self.last):
+            users = np.flatnonzero(last)
+            block = users // self.order.of_cluster * self.blocks + rank
+            for left in np.unique(block):
+                who, part = users[block == left], self.order.waited[left * threads : (left + 1) * threads]
+                knows = left * threads + part.argmax(keepdims=True)
+                fine = self.order.before(who[None] + self.order.first, last[who][None], knows)
+                if not fine.all():
+                    thread = int(who[~fine[0]][0]) + self.order.first
+                    raise PtxError(
+                        f"the block has left: thread {thread} uses the shared memory of the block of rank "
+                        f"{rank}, and no cluster barrier is between that and its end: {self.line}"
+                    )
+
+
+class ParameterSpace(Space):
+    """The parameters of a kernel, with gaps between them so that no access leads from one into the next."""
+
+    GAP = 64
+
+    def __init__(self, parameters: dict[str, np.ndarray]) -> None:
+        self.addresses, at = {}, self.GAP
+        for name, data in parameters.items():
+            self.addresses[name] = at
+            at += (data.size + 2 * self.GAP - 1) // self.GAP * self.GAP
+        super().__init__("param", 1, at, 1, np.zeros(1, np.int64))
+        for name, data in parameters.items():
+            part = slice(self.addresses[name], self.addresses[name] + data.size)
+            self.data[part], self.ready[part] = data, True  # type: ignore[index]
+
+    def positions(self, addresses: np.ndarray, size: int, lanes: np.ndarray, line: str) -> np.ndarray:
+        places = np.clip(addresses, 0, self.size - size)[:, None] + np.arange(size)
+        bad = (addresses < 0) | (addresses + size > self.size) | ~self.ready[places].all(1)  # type: ignore[index]
+        if bad.any():
+            raise PtxError(f"access beyond a kernel parameter, {size} bytes: {line}")
+        return addresses
 
 
 class Memories:
@@ -277,22 +357,33 @@ class Memories:
         shared_size: int,
         local_size: int,
         granules: dict[str, int],
-        races: bool,
+        parameters: ParameterSpace,
+        shadow: Shadow | None,
     ) -> None:
+        """shadow: of global memory, kept from earlier parts of the grid; None: races are not checked."""
         threads = np.arange(order.n)
-        self.memory, self.order, self.races = memory, order, races
+        self.memory, self.order, self.races = memory, order, shadow is not None
         self.strict_proxy = True
         self.block, self.size = threads // order.threads, shared_size
         self.shared = Space("shared", order.blocks, shared_size, granules["shared"], self.block)
         self.local = Space("local", order.n, local_size, granules["local"], threads)
         self.globals = GlobalSpace(memory, granules["global"])
-        self.spaces = {"shared": self.shared, "local": self.local, "global": self.globals}
+        self.cluster = ClusterSpace(self.shared, order)
+        self.spaces = {
+            "shared": self.shared,
+            "cluster": self.cluster,
+            "local": self.local,
+            "global": self.globals,
+            "const": GlobalSpace(memory, granules["global"]),
+            "param": parameters,
+        }
         # writer of a granule of shared memory until its fence.proxy.async
         self.unfenced = np.full(len(self.shared.data) // self.shared.granule, -1, np.int32)
-        if races:
+        if shadow is not None:
             units = len(self.shared.data) // self.shared.granule
-            self.shared.shadow = Shadow(units, order, "shared")
-            self.globals.shadow = Shadow(memory.total // self.globals.granule + 1, order, "global")
+            own = Shadow(units, "shared", order.of_cluster > order.threads)
+            self.shared.shadow = self.cluster.shadow = own
+            self.globals.shadow, own.order, shadow.order = shadow, order, order
 
     def _access(
         self, space: Space, addresses: np.ndarray, size: int, lanes: np.ndarray, line: str
@@ -320,7 +411,7 @@ class Memories:
             g = space.granule
             units = units[:, [k for k in range(units.shape[1]) if used >> k * g & ((1 << g) - 1)]]
         if space.ready is not None and not space.ready[units].all():
-            raise PtxError(f"read of uninitialised {space_name} memory: {line}")
+            raise PtxError(f"read of uninitialised {space.name} memory: {line}")
         if space.shadow is not None:
             if strong and space is self.globals:
                 space.shadow.read_strongly(units, lanes, line)
@@ -338,6 +429,8 @@ class Memories:
         strong: bool = False,
     ) -> None:
         """values: [lanes, size] bytes."""
+        if space_name == "param":
+            raise PtxError(f"kernel parameters cannot be written: {line}")
         space, size = self.spaces[space_name], values.shape[1]
         places, units = self._access(space, addresses, size, lanes, line)
         if space.shadow is not None:
@@ -349,18 +442,20 @@ class Memories:
         space.view[size][places] = np.ascontiguousarray(values).view(space.view[size].dtype)[:, 0]
         if space.ready is not None:
             space.ready[units] = True
-        if space_name == "shared":
+        if space.name == "shared":
             self.unfenced[units] = lanes[:, None]
 
     def atomic_cell(self, space_name: str, address: int, size: int, lane: int, line: str) -> np.ndarray:
         """A view of the bytes that an atomic operation of one lane changes."""
+        if space_name == "param":
+            raise PtxError(f"kernel parameters cannot be written: {line}")
         space, one = self.spaces[space_name], np.array([lane])
         places, units = self._access(space, np.array([address]), size, one, line)
         if space.ready is not None and not space.ready[units].all():
-            raise PtxError(f"atomic operation on uninitialised {space_name} memory: {line}")
+            raise PtxError(f"atomic operation on uninitialised {space.name} memory: {line}")
         if space.shadow is not None:
             space.shadow.update(units, lane, line)
-        if space_name == "shared":
+        if space.name == "shared":
             self.unfenced[units] = lane
         at = int(places[0]) * size
         return space.view[1][at : at + size]

@@ -91,6 +91,11 @@ KINDS: dict[str, tuple[str, Change]] = {
     "fence of wgmma deleted": (r"wgmma\.fence[^;]*;", _delete),
     "one product fewer waited for": (r"(wgmma\.wait_group\.sync\.aligned\s+)(\d)", _one_more),
     "fence of the asynchronous proxy deleted": (r"fence\.proxy\.async[^;]*;", _delete),
+    "arrival at a cluster barrier relaxed": (
+        r"(barrier\.cluster\.arrive)(?:\.release)?\b",
+        lambda m: m.group(1) + ".relaxed",
+    ),
+    "wait for the launch before deleted": (r"griddepcontrol\.wait\s*;", _delete),
     "parity of an mbarrier flipped": (r"(mbarrier\.try_wait[^;]*), %\w+;", lambda m: m.group(1) + ", 1;"),
 }
 

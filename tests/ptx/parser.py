@@ -9,7 +9,7 @@ from functools import lru_cache
 from .formats import WIDTH, PtxError
 
 
-@dataclass
+@dataclass(slots=True)
 class Instruction:
     """One instruction, taken apart."""
 
@@ -46,13 +46,16 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)  # name: bytes
+    shared: dict[str, int] = field(default_factory=dict)  # name: bytes, of all variables it uses
     local: dict[str, int] = field(default_factory=dict)
     threads: tuple[int, ...] | None = None  # .reqntid
+    cluster: tuple[int, ...] | None = None  # .reqnctapercluster
+    explicit_cluster: bool = False  # launches must give a cluster shape, or the kernel has one
     branch_targets: dict[str, list[str]] = field(default_factory=dict)  # name of the list: labels
 
 
 TWO_WORDS = {"cp.async", "cp.async.bulk", "cp.async.bulk.tensor", "fence.proxy", "tensormap.replace"}
+TWO_WORDS.add("barrier.cluster")
 LINE_DIRECTIVES = re.compile(r"(?m)^\s*\.(version|target|address_size|file)\b[^\n]*$")
 VARIABLE = re.compile(
     r"(?:\.(?:visible|weak|extern|common)\s+)*\.(shared|global|const|local)\s+(?:\.attribute\([^)]*\)\s*)?"
@@ -60,7 +63,8 @@ VARIABLE = re.compile(
     re.S,
 )
 KERNEL_DIRECTIVES = re.compile(
-    r"\s*\.(?:(reqntid)\s+([\d, ]+)|(?:maxntid|minnctapersm|maxnreg|pragma)\s+[^.]*)"
+    r"\s*\.(?:(reqntid|reqnctapercluster)\s+([\d, ]+)|(explicitcluster)"
+    r"|(?:maxntid|minnctapersm|maxnreg|maxclusterrank|pragma)\s+[^.]*)"
 )
 
 
@@ -145,14 +149,19 @@ class Module:
             raise PtxError(f"unsupported kernel header: {head[:100]}")
         name, params, rest = match.group(1), match.group(2) or "", match.group(3)
         kernel = Kernel(name, [_parameter(p) for p in params.split(",") if p.strip()])
-        if "cluster" in rest:
-            raise PtxError(f"{name}: thread block clusters are not supported ({' '.join(rest.split())})")
         for directive in KERNEL_DIRECTIVES.finditer(rest):
+            kernel.explicit_cluster |= directive.group(3) is not None
             if directive.group(1):
-                kernel.threads = tuple(int(n) for n in directive.group(2).split(","))
+                sizes = tuple(int(n) for n in directive.group(2).split(","))
+                if directive.group(1) == "reqntid":
+                    kernel.threads = sizes
+                else:
+                    kernel.cluster = (*sizes, 1, 1)[:3]
         if unknown := KERNEL_DIRECTIVES.sub("", rest).strip():
             raise PtxError(f"{name}: unsupported directive: {unknown[:80]}")
         self._body(kernel, body)
+        words = set(re.findall(r"[\w$]+", body))
+        kernel.shared.update((x, size) for x, size in self.shared.items() if x in words)
         self.kernels[name] = kernel
 
     def _location(self, directive: str) -> str:
@@ -294,7 +303,8 @@ def _instruction(statement: str, location: str, used: int | None) -> Instruction
     )
 
 
-@lru_cache(maxsize=512)
+# Few, as a large module takes tens of megabytes: the kernels of one operation and its gradients.
+@lru_cache(maxsize=24)
 def parse(text: str) -> Module:
     """The module of a PTX text, parsed once."""
     return Module(text)

@@ -79,6 +79,20 @@ def _store_matrices(
     return run
 
 
+@opcode("movmatrix", "sync aligned m8n8 trans", "b16")
+def transpose_matrix(machine: Machine, ins: Instruction) -> Execute | None:
+    """An 8 x 8 matrix of 16-bit elements, a row for every four lanes, transposed."""
+    put, source = machine.write(ins.args[0]), machine.read(ins.args[1], "b32")
+    if set(ins.mods) != {"sync", "aligned", "m8n8", "trans"}:
+        return None
+
+    def run(mask: Mask) -> None:
+        matrices = np.ascontiguousarray(machine.per_lane(source())).view(np.uint16).reshape(-1, 8, 8)
+        put(np.ascontiguousarray(matrices.swapaxes(1, 2)).reshape(-1).view(np.uint32), mask)
+
+    return collective(machine, run)
+
+
 # ---- fragments: which element of a matrix a register of a lane holds ----
 
 

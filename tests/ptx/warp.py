@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EVERY_LANE = np.uint32(0xFFFFFFFF)
 
 
-def collective(machine: Machine, function: Callable[[Mask], None], members: Operand | None = None) -> Execute:
+def collective(machine: Machine, function: Callable[[Mask], Mask], members: Operand | None = None) -> Execute:
     """Runs the function for the warps whose member lanes have all arrived; the others wait.
 
     `members` is the operand that names them; without it all lanes of a warp are members.
@@ -33,22 +33,20 @@ def collective(machine: Machine, function: Callable[[Mask], None], members: Oper
         if mask is None:
             if (bits != EVERY_LANE).any():
                 raise PtxError("the member mask leaves out lanes that execute the instruction")
-            function(None)
-            return None
+            return function(None)
         wanted = (bits[:, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).astype(bool)
         if (active & ~wanted).any():
             raise PtxError("the member mask leaves out lanes that execute the instruction")
         live = (machine.place < machine.end).reshape(-1, 32)
         go = (~(wanted & live) | active).all(1).repeat(32) & mask
-        if go.any():
-            function(go)
-        waiting = mask & ~go
+        again = function(go) if go.any() else None
+        waiting = mask & ~go if again is None else mask & (~go | again)
         return waiting if waiting.any() else None
 
     return run
 
 
-def _named(run: Execute, ins: Instruction) -> Execute:
+def named(run: Execute, ins: Instruction) -> Execute:
     """Adds the instruction to errors that do not name it."""
 
     def named(mask: Mask) -> Mask:
@@ -97,7 +95,7 @@ def shuffle(machine: Machine, ins: Instruction) -> Execute | None:
         if len(puts) > 1:
             puts[1](np.ascontiguousarray(np.broadcast_to(inside, source.shape)).reshape(-1), mask)
 
-    return _named(collective(machine, run, members), ins)
+    return named(collective(machine, run, members), ins)
 
 
 REDUCTIONS: dict[str, Any] = {
@@ -130,7 +128,7 @@ def redux(machine: Machine, ins: Instruction) -> Execute | None:
         active = _active(machine, mask)
         put(np.repeat(_reduce(kind, type_name, machine.per_warp(value()), active), 32), mask)
 
-    return _named(collective(machine, run, members), ins)
+    return named(collective(machine, run, members), ins)
 
 
 @opcode("vote", "sync ballot any all uni", "b32 pred")
@@ -151,7 +149,7 @@ def vote(machine: Machine, ins: Instruction) -> Execute | None:
             result = yes.any(1) if kind == "any" else everyone.all(1)
         put(np.repeat(result, 32), mask)
 
-    return _named(collective(machine, run, members), ins)
+    return named(collective(machine, run, members), ins)
 
 
 @opcode("activemask", "", "b32")
@@ -179,7 +177,7 @@ def elect(machine: Machine, ins: Instruction) -> Execute:
         put_lane(np.repeat(leader.astype(np.uint32), 32), mask)
         put_predicate((np.arange(32) == leader).reshape(-1), mask)
 
-    return _named(collective(machine, run, machine.read(ins.args[1], "u32")), ins)
+    return named(collective(machine, run, machine.read(ins.args[1], "u32")), ins)
 
 
 @opcode("bar barrier", "sync warp aligned cta")
@@ -191,7 +189,7 @@ def barrier(machine: Machine, ins: Instruction) -> Execute | Control | None:
         def run(mask: Mask) -> None:
             machine.order.warp_sync(np.ones(machine.n, bool) if mask is None else mask)
 
-        return _named(collective(machine, run, machine.read(ins.args[0], "u32")), ins)
+        return named(collective(machine, run, machine.read(ins.args[0], "u32")), ins)
     if len(ins.args) > 2:
         return None
     if len(ins.args) == 2 and not (ins.args[1].isdigit() and int(ins.args[1]) == machine.threads):
@@ -227,8 +225,14 @@ def fence_proxy(machine: Machine, ins: Instruction) -> Execute:
 
 @opcode("griddepcontrol", "launch_dependents wait")
 def grid_dependency(machine: Machine, ins: Instruction) -> Execute:
-    """Launches run one after another here, so there is nothing to wait for."""
-    return lambda mask: None
+    """Launches run one after another here; that a dependent one waits before it touches memory is checked."""
+    too_early = machine.memory.globals.too_early
+
+    def run(mask: Mask) -> None:
+        if too_early is not None and "wait" in ins.mods:
+            too_early[machine.lanes(mask)] = False
+
+    return run
 
 
 @opcode("nanosleep", "", "u32")
