@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) --hypothesis-seed=$(SEED) \
 	  -m "not packaging and not sanitized and not exhaustive and not interpreted"
 
-# The contract of the Triton kernels, executed without a GPU: one part of PARTS, which SEED draws.
+# The contract of the GPU kernels, executed without a GPU: one part of PARTS, which SEED draws.
 PARTS := 16
 PART ?= $(shell expr $(SEED) % $(PARTS))/$(PARTS)
 

@@ -30,8 +30,8 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
 REPORT = "_build_report.json"
-# A100 and H100/H200 as machine code; the PTX of the former lets newer GPUs compile it when they load it.
-DEFAULT_CUDA_TARGETS = ["sm_80", "sm_90a", "compute_80"]
+# A100 and its kin and H100/H200 as machine code; newer GPUs compile the PTX of the latter when they load it.
+DEFAULT_CUDA_TARGETS = ["sm_80", "sm_90a", "compute_90"]
 # Architectures whose `a` form unlocks instructions that the kernels use (wgmma, tcgen05).
 SPECIFIC_ARCHITECTURES = {"90", "100"}
 # Every cpu.cpp is compiled once for each of these that the compiler knows (csrc/common/cpu_isa.h chooses).

@@ -11,6 +11,7 @@ import torch
 from . import __version__, native, triton_runtime
 from .backends import BACKENDS, Backend
 from .check import check_all
+from .cross_attention import cuda_launch
 
 
 def main() -> int:
@@ -65,6 +66,11 @@ def _state(backend: Backend) -> str:
         return f"does not run: {missing}"
     if backend.devices == ("cuda",) and not torch.cuda.is_available():
         return "does not run: there is no GPU"
+    if backend.name == "cuda":
+        found = [cuda_launch.unusable(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+        against = "; ".join(why for why in found if why is not None)
+        if against:
+            return f"{'runs, but not everywhere' if None in found else 'does not run'}: {against}"
     return "runs"
 
 

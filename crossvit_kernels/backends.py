@@ -19,6 +19,7 @@ from . import native, triton_runtime
 
 # Read once: torch.compile traces the choice, and not the cache of load_error.
 _NATIVE_ERROR = native.load_error()
+_CUDA_ERROR = native.cuda_missing()
 _TRITON_ERROR = triton_runtime.load_error()
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 _STORED = tuple((tokens, weights) for tokens in _NATIVE for weights in _NATIVE)
@@ -57,7 +58,8 @@ class Backend:
         dtypes: (tokens, weights) pairs it takes; None means every floating-point pair.
         widest, most_heads: the largest width and number of heads that it takes; None means any.
         plain: whether it consists of PyTorch's own operators.
-        tried_first: whether "auto" tries it on this machine before it uses it (`validation`).
+        tried_first: whether "auto" tries it on this machine before it uses it (`validation`). Which of these
+            it takes is decided when the operator runs (cross_attention/gpu_preference.py).
         missing: why it cannot run on this machine at all, or None.
     """
 
@@ -107,6 +109,17 @@ BACKENDS: dict[str, Backend] = {
             dtypes=_STORED,
             plain=False,
             missing=lambda: _NATIVE_ERROR,
+        ),
+        Backend(
+            "cuda",
+            "CUDA C++ kernels for NVIDIA GPUs",
+            devices=("cuda",),
+            dtypes=_STORED,
+            widest=1024,
+            most_heads=64,
+            plain=False,
+            tried_first=True,
+            missing=lambda: _CUDA_ERROR,
         ),
         Backend(
             "triton",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .backends import BACKENDS
-from .cross_attention import cross_attention
+from .cross_attention import cross_attention, cuda_launch
 from .cross_fusion import FusionWeights, cross_fusion
 from .modes import without_autocast
 from .validation import precision_of_float32
@@ -20,10 +20,13 @@ def check_all() -> Iterator[tuple[str, bool]]:
     """What was compared, and whether it agreed, one after the other: on the CPU, then on a GPU if any."""
     isas = native.load().isas() if native.load_error() is None else []
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    no_cuda = "cuda" not in devices or cuda_launch.unusable(torch.empty(0, device="cuda").device) is not None
     for operation in _CASES:
         for device in devices:
             for backend, known in BACKENDS.items():
                 if known.missing() is not None or device not in (known.devices or devices):
+                    continue
+                if backend == "cuda" and no_cuda:
                     continue
                 for isa in isas if backend == "cpu" else [None]:
                     where = f"{backend} on {device}" if isa is None else f"{backend} with {isa}"
@@ -32,7 +35,7 @@ def check_all() -> Iterator[tuple[str, bool]]:
     for isa in isas:
         with native.use_isa(isa):
             yield _check_layer_norm_statistics(f"native {isa}", "cpu")
-    if "cuda" in devices and native.has_cuda():
+    if not no_cuda:
         yield _check_layer_norm_statistics("native CUDA", "cuda")
 
 

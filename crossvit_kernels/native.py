@@ -84,7 +84,30 @@ def use_isa(name: str) -> Iterator[None]:
 
 def has_cuda() -> bool:
     """Whether the compiled module carries the CUDA kernels (says nothing of the GPUs present)."""
-    return hasattr(_import()[0], "layer_norm_statistics_cuda")
+    return hasattr(_import()[0], "cuda_run")
+
+
+def cuda_missing() -> str | None:
+    """Why this process has no CUDA kernels, whatever its GPUs are; None when it has."""
+    if load_error() is not None:
+        return load_error()
+    if not has_cuda():
+        why = build_report().get("cuda_left_out") or "it is older than the package: build it again"
+        return f"the native module has no CUDA kernels: {why}"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built {'for ROCm' if torch.version.hip else 'without CUDA'}"
+    return None
+
+
+def load_cuda() -> ModuleType:
+    """The compiled module with its CUDA kernels.
+
+    Raises:
+        RuntimeError: there are none; the message says why.
+    """
+    if not has_cuda():
+        raise RuntimeError(cuda_missing())
+    return load()
 
 
 def layer_norm_statistics(x: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,9 +129,7 @@ def layer_norm_statistics(x: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Ten
         raise ValueError("x must have at least one column, got 0: a mean needs an element")
     if columns > 1 and x.stride(1) != 1:
         raise ValueError(f"columns of x must be contiguous, got stride {x.stride(1)}: call x.contiguous()")
-    module = load()
-    if x.is_cuda and not has_cuda():
-        raise RuntimeError(f"the native module has no CUDA kernels: {build_report().get('cuda_left_out')}")
+    module = load_cuda() if x.is_cuda else load()
     mean, rstd = x.new_empty(rows), x.new_empty(rows)
     arguments = (x.data_ptr(), rows, columns, x.stride(0), eps, mean.data_ptr(), rstd.data_ptr())
     if not x.is_cuda:

@@ -16,9 +16,16 @@
 
 #include "common/cpu_isa.h"
 #include "cross_attention/cross_attention.h"
+#include "cross_attention/cuda.h"
 #include "layer_norm_statistics/layer_norm_statistics.h"
 
 namespace py = pybind11;
+
+#ifdef CROSSVIT_CUDA
+// Of the CUDA runtime, which is linked statically; its headers are not needed for this.
+extern "C" const char* cudaGetErrorName(int error);
+extern "C" const char* cudaGetErrorString(int error);
+#endif
 
 namespace crossvit {
 namespace {
@@ -44,7 +51,7 @@ bool single_threaded = false;
 bool single_threaded = true;
 #endif
 
-// Directions as crossvit_kernels/cross_attention/native.py packs them, each a prefix of the struct; what is
+// Directions as crossvit_kernels/cross_attention/packing.py packs them, each a prefix of the struct; what is
 // not packed is absent.
 struct Directions {
     Direction item[2] = {};
@@ -96,6 +103,32 @@ void run(const std::vector<py::bytes>& packed, bool backward, uintptr_t scratch,
                                                   pointer<float>(scratch));
 }
 
+#ifdef CROSSVIT_CUDA
+// Floats of memory for intermediates and bytes of shared memory that `cuda_run` needs; the GPU is as struct
+// Gpu has it.
+std::tuple<int64_t, int64_t> cuda_plan(const std::vector<py::bytes>& packed, bool backward, bool tf32,
+                                       int64_t capability, int64_t multiprocessors, int64_t shared_of_block) {
+    const Directions directions(packed);
+    const Gpu gpu{capability, multiprocessors, shared_of_block};
+    const CudaPlan plan = crossvit_cuda_plan(directions.item, directions.count, backward, tf32, &gpu);
+    return {plan.floats, plan.shared_of_block};
+}
+
+int cuda_run(const std::vector<py::bytes>& packed, bool backward, bool tf32, int64_t capability,
+             int64_t multiprocessors, int64_t shared_of_block, float eps, double dropout_p, uintptr_t memory,
+             uintptr_t stream) {
+    const Directions directions(packed);
+    const Gpu gpu{capability, multiprocessors, shared_of_block};
+    py::gil_scoped_release nogil;
+    return crossvit_cuda_run(directions.item, directions.count, backward, tf32, &gpu, eps, dropout_p,
+                             pointer<float>(memory), pointer<void>(stream));
+}
+
+std::tuple<std::string, std::string> cuda_error(int code) {
+    return {cudaGetErrorName(code), cudaGetErrorString(code)};
+}
+#endif
+
 }  // namespace
 }  // namespace crossvit
 
@@ -125,6 +158,13 @@ PYBIND11_MODULE(_native, m) {
         py::arg("x"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("eps"),
         py::arg("mean"), py::arg("rstd"));
 #ifdef CROSSVIT_CUDA
+    m.def("cuda_usable", &crossvit_cuda_usable, "0, or why the current GPU cannot load the CUDA kernels.");
+    m.def("cuda_error", &cuda_error, "Name and text of a CUDA error.", py::arg("code"));
+    m.def("cuda_plan", &cuda_plan, py::arg("directions"), py::arg("backward"), py::arg("tf32"),
+          py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_of_block"));
+    m.def("cuda_run", &cuda_run, py::arg("directions"), py::arg("backward"), py::arg("tf32"),
+          py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_of_block"), py::arg("eps"),
+          py::arg("dropout_p"), py::arg("memory"), py::arg("stream"));
     m.def("layer_norm_statistics_cuda", [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride,
                                            float eps, uintptr_t mean, uintptr_t rstd, uintptr_t stream) {
         return layer_norm_statistics_cuda(pointer<const float>(x), rows, columns, row_stride, eps,

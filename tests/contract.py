@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -17,13 +18,15 @@ from crossvit_kernels import backends, native, triton_runtime
 from crossvit_kernels.backends import BACKENDS
 from tests.operations import OPERATIONS, CrossAttention, CrossFusion, Size, leaves
 
+GPU_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.tried_first)
+
 
 @dataclass(frozen=True)
 class Subject:
     """An operation on a backend, on one `target` of it.
 
-    Targets of `cpu` are instruction sets. Those of `triton` are compute capabilities: the kernels compiled
-    for one, executed without a GPU. With CROSSVIT_TEST_DEVICE=cuda it is that device instead.
+    Targets of `cpu` are instruction sets. Those of `cuda` and `triton` are compute capabilities: the kernels
+    compiled for one, executed without a GPU. With CROSSVIT_TEST_DEVICE=cuda it is that device instead.
     """
 
     operation: CrossAttention | CrossFusion
@@ -40,19 +43,23 @@ class Subject:
         return self.backend == "cpu"
 
     @property
+    def of_gpu(self) -> bool:
+        return self.backend in GPU_BACKENDS
+
+    @property
     def interpreted(self) -> bool:
         """Whether a call takes seconds."""
-        return self.backend == "triton" and self.target.startswith("sm_")
+        return self.of_gpu and self.target.startswith("sm_")
 
     @property
     def device(self) -> str:
         """Where its tensors are."""
-        return self.target if self.backend == "triton" and not self.interpreted else "cpu"
+        return self.target if self.of_gpu and not self.interpreted else "cpu"
 
     @property
     def exact(self) -> torch.dtype:
         """The most precise dtype that it takes."""
-        return torch.float32 if self.backend in ("cpu", "triton") else torch.float64
+        return torch.float32 if self.native or self.of_gpu else torch.float64
 
     def times(self, count: int) -> int:
         """How often to do what is done `count` times where a call takes microseconds."""
@@ -64,13 +71,15 @@ class Subject:
             pytest.skip(f"the native module is not here: {native.load_error()}")
         if self.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("no GPU: torch.cuda.is_available() is False")
+        if self.device == "cuda" and (missing := BACKENDS[self.backend].missing()) is not None:
+            pytest.skip(missing)
         with ExitStack() as stack:
             if self.device != "cpu":
                 stack.enter_context(torch.device(self.device))
             if self.native:
                 stack.enter_context(native.use_isa(self.target))
             if self.interpreted:
-                stack.enter_context(without_a_gpu(self.target))
+                stack.enter_context(without_a_gpu(self.target, self.backend))
             yield
 
     def run(self, tensors: Sequence[Tensor], size: Size, **options: object) -> tuple[Tensor, ...]:
@@ -78,21 +87,32 @@ class Subject:
 
 
 @contextmanager
-def without_a_gpu(target: str = "sm_80", **options: Any) -> Iterator[Any]:
-    """The backend `triton` takes tensors on the CPU: its kernels, compiled for the target, are interpreted.
+def without_a_gpu(target: str = "sm_80", backend: str = "triton", **options: Any) -> Iterator[Any]:
+    """A backend of GPUs takes tensors on the CPU: its kernels, compiled for the target, are interpreted.
 
-    Yields the recorder of `tests.ptx.triton_driver.interpreted`, which `options` go to.
+    Yields the recorder of `tests.ptx.triton_driver.interpreted` or of `tests.interpreted_cuda.interpreted`,
+    which `options` go to.
     """
+    anywhere = replace(BACKENDS[backend], devices=("cuda", "cpu"), missing=lambda: None)
+    with (
+        mock.patch.dict(BACKENDS, {backend: anywhere}),
+        _interpreter(backend)(int(target.removeprefix("sm_")), **options) as recorder,
+    ):
+        yield recorder
+
+
+def _interpreter(backend: str) -> Callable[..., AbstractContextManager]:
+    if backend == "cuda":
+        if shutil.which("nvcc") is None:
+            pytest.skip("there is no nvcc on PATH to compile CUDA with")
+        from tests.interpreted_cuda import interpreted as interpreted_cuda
+
+        return interpreted_cuda
     if (error := triton_runtime.load_error()) is not None:
         pytest.skip(error)
     from tests.ptx.triton_driver import interpreted
 
-    anywhere = replace(BACKENDS["triton"], devices=("cuda", "cpu"))
-    with (
-        mock.patch.dict(BACKENDS, triton=anywhere),
-        interpreted(int(target.removeprefix("sm_")), **options) as recorder,
-    ):
-        yield recorder
+    return interpreted
 
 
 needs_module = pytest.mark.skipif(
@@ -105,7 +125,10 @@ def _isas() -> list[str]:
 
 
 _DEVICE = os.environ.get("CROSSVIT_TEST_DEVICE")
-_TARGETS = {"cpu": _isas(), "triton": [_DEVICE] if _DEVICE else ["sm_80", "sm_90"]}
+_TARGETS = {
+    "cpu": _isas(),
+    **dict.fromkeys(GPU_BACKENDS, [_DEVICE] if _DEVICE else ["sm_80", "sm_90"]),
+}
 SUBJECTS = tuple(
     Subject(operation, backend, target)
     for operation in OPERATIONS

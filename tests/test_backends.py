@@ -61,8 +61,8 @@ def test_a_named_backend_never_falls_back_and_auto_does(monkeypatch):
 
 def test_unknown_backends_are_named():
     with pytest.raises(
-        ValueError, match="backend must be one of auto, cpu, triton, torch, reference, got 'cuda'"
+        ValueError, match="backend must be one of auto, cpu, cuda, triton, torch, reference, got 'gpu'"
     ):
-        cross_attention(*operands(), num_heads=4, backend="cuda")
+        cross_attention(*operands(), num_heads=4, backend="gpu")
     with pytest.raises(ValueError, match="use_backend must be one of"), use_backend("fast"):
         pass

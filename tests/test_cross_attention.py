@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from crossvit_kernels import backends, cross_attention
+from tests.contract import GPU_BACKENDS
 from tests.operations import NAMES, operands, oracle, relative_error
 
-both = pytest.mark.parametrize("backend", [name for name in backends() if name != "triton"])
+both = pytest.mark.parametrize("backend", [name for name in backends() if name not in GPU_BACKENDS])
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 

@@ -122,7 +122,7 @@ def test_weights_are_frozen():
         (
             {"backend": "fast"},
             ValueError,
-            "backend must be one of auto, cpu, triton, torch, reference, got 'fast'",
+            "backend must be one of auto, cpu, cuda, triton, torch, reference, got 'fast'",
         ),
     ],
 )

@@ -351,5 +351,5 @@ def test_all_attention_takes_the_settings_of_l_and_the_last_rate():
 
 
 def test_the_backend_reaches_the_operation():
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, triton, torch, reference"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, torch, reference"):
         small_model(backend="fast")(torch.zeros(1, 3, 48, 48))

@@ -175,8 +175,9 @@ except ValueError as error:
     print(error)
 """
     assert run_code(code, CROSSVIT_BACKEND="reference").split() == ["reference", "ran"]
-    assert "CROSSVIT_BACKEND must be one of auto, cpu, triton, torch, reference, got 'fast'" in run_code(
-        code, CROSSVIT_BACKEND="fast"
+    assert (
+        "CROSSVIT_BACKEND must be one of auto, cpu, cuda, triton, torch, reference, got 'fast'"
+        in run_code(code, CROSSVIT_BACKEND="fast")
     )
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton kernels: streams, graphs, devices, bits, large tensors.
+"""What only a GPU can show of its kernels: streams, graphs, devices, bits, large tensors.
 
 Needs nothing of conftest.py, so that `pytest --noconftest tests/test_on_gpu.py` runs where timm is missing.
 """
@@ -6,6 +6,7 @@ Needs nothing of conftest.py, so that `pytest --noconftest tests/test_on_gpu.py`
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_cases import error
-from crossvit_kernels import triton_runtime
+from crossvit_kernels.backends import BACKENDS
+from crossvit_kernels.cross_attention import cuda_launch
 from tests.operations import OPERATIONS, Size, leaves
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"),
-    pytest.mark.skipif(triton_runtime.load_error() is not None, reason=str(triton_runtime.load_error())),
-]
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
+)
 
 DEVICE = "cuda"
+GPU_BACKENDS = [name for name, backend in BACKENDS.items() if backend.tried_first]
 REPEATS = 50
 SIZE = Size(16, 400, 224, 7, 196, 448, 7)  # of crossvit_18
 operations = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
@@ -38,12 +40,27 @@ def _fresh() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+def why_not(backend: str) -> str | None:
+    """Why a backend does not run here."""
+    missing = BACKENDS[backend].missing()
+    if missing is None and backend == "cuda":
+        return cuda_launch.unusable(torch.device(DEVICE, torch.cuda.current_device()))
+    return missing
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param != "auto" and (reason := why_not(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 def draw(operation, size: Size, dtype: torch.dtype) -> list[Tensor]:
     with torch.device(DEVICE):
         return leaves(operation.inputs(size, dtype))
 
 
-def compute(operation, tensors: Sequence[Tensor], size: Size, backend: str = "triton") -> list[Tensor]:
+def compute(operation, tensors: Sequence[Tensor], size: Size, backend: str) -> list[Tensor]:
     """Outputs, and the gradients of all tensors for a loss of half the sum of their squares."""
     outputs = operation.run(tensors, size, backend)
     grads = torch.autograd.grad(outputs, tensors, [y.detach() for y in outputs])
@@ -54,34 +71,34 @@ def same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def assert_like_torch(operation, tensors: Sequence[Tensor], size: Size) -> None:
+def assert_like_torch(operation, tensors: Sequence[Tensor], size: Size, backend: str) -> None:
     """Against PyTorch's operators in float64."""
     want = compute(operation, leaves(tensors, torch.float64), size, "torch")
-    assert error(compute(operation, tensors, size), want) < TOLERANCES[tensors[0].dtype]
+    assert error(compute(operation, tensors, size, backend), want) < TOLERANCES[tensors[0].dtype]
 
 
 @operations
 @dtypes
-def test_values_and_gradients(operation, dtype):
-    assert_like_torch(operation, draw(operation, SIZE, dtype), SIZE)
+def test_values_and_gradients(operation, dtype, backend):
+    assert_like_torch(operation, draw(operation, SIZE, dtype), SIZE, backend)
 
 
 @operations
 @dtypes
 @pytest.mark.parametrize("batch", [1, 16, 256])
-def test_the_same_bits_every_time(operation, dtype, batch):
+def test_the_same_bits_every_time(operation, dtype, batch, backend):
     size = replace(SIZE, batch=batch)
     tensors = draw(operation, size, dtype)
-    want = compute(operation, tensors, size)
+    want = compute(operation, tensors, size, backend)
     for _ in range(REPEATS):
-        assert same_bits(compute(operation, tensors, size), want)
+        assert same_bits(compute(operation, tensors, size, backend), want)
 
 
 @operations
-def test_on_a_side_stream(operation):
+def test_on_a_side_stream(operation, backend):
     """Inputs are written late on that stream: kernels on another one would read what was there before."""
     tensors = draw(operation, SIZE, torch.float32)
-    want = compute(operation, tensors, SIZE)
+    want = compute(operation, tensors, SIZE, backend)
     values = [x.detach().clone() for x in tensors]
     with torch.no_grad():
         for x in tensors:
@@ -93,7 +110,7 @@ def test_on_a_side_stream(operation):
         with torch.no_grad():
             for x, value in zip(tensors, values, strict=True):
                 x.copy_(value)
-        got = compute(operation, tensors, SIZE)
+        got = compute(operation, tensors, SIZE, backend)
     torch.cuda.current_stream().wait_stream(side)
     assert same_bits(got, want)
 
@@ -102,12 +119,29 @@ def test_on_a_side_stream(operation):
 def test_auto_takes_the_kernels(operation):
     """It tries them first; named, they run untried."""
     tensors = draw(operation, SIZE, torch.float32)
-    assert same_bits(compute(operation, tensors, SIZE, "auto"), compute(operation, tensors, SIZE))
+    got = compute(operation, tensors, SIZE, "auto")
+    named = [compute(operation, tensors, SIZE, name) for name in GPU_BACKENDS if why_not(name) is None]
+    assert any(same_bits(got, want) for want in named)
 
 
 @operations
 @dtypes
-@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_one_backend_goes_on_where_another_stopped(operation, dtype, backend, monkeypatch):
+    (other,) = (name for name in GPU_BACKENDS if name != backend)
+    if (reason := why_not(other)) is not None:
+        pytest.skip(reason)
+    op = sys.modules[f"crossvit_kernels.{operation.name}.op"]
+    tensors = draw(operation, SIZE, dtype)
+    want = compute(operation, tensors, SIZE, backend)
+    outputs = operation.run(tensors, SIZE, backend)
+    monkeypatch.setattr(op, "engine", {backend: op.engine(other)}.get)
+    got = torch.autograd.grad(outputs, tensors, [y.detach() for y in outputs])
+    assert error([*(y.detach() for y in outputs), *got], want) < TOLERANCES[dtype]
+
+
+@operations
+@dtypes
+@pytest.mark.parametrize("backend", [*GPU_BACKENDS, "auto"], indirect=True)
 def test_in_a_captured_graph(operation, dtype, backend):
     """One warm call, then a capture of forward and backward; replays follow their inputs."""
     tensors = draw(operation, SIZE, dtype)
@@ -123,20 +157,20 @@ def test_in_a_captured_graph(operation, dtype, backend):
         with torch.no_grad():
             for x in tensors:
                 x.copy_(x.flip(0))
-        want = compute(operation, tensors, SIZE)
+        want = compute(operation, tensors, SIZE, backend)
         graph.replay()
         assert same_bits(results, want)
 
 
 @operations
-def test_on_a_device_that_is_not_the_current_one(operation):
+def test_on_a_device_that_is_not_the_current_one(operation, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU: a second one is needed")
     tensors = draw(operation, SIZE, torch.float32)
-    want = compute(operation, tensors, SIZE)
+    want = compute(operation, tensors, SIZE, backend)
     there = [x.detach().to("cuda:1").requires_grad_() for x in tensors]
     assert torch.cuda.current_device() == 0
-    got = compute(operation, there, SIZE)
+    got = compute(operation, there, SIZE, backend)
     assert torch.cuda.current_device() == 0
     assert all(x.device == torch.device("cuda:1") for x in got)
     assert error([x.cpu() for x in got], [x.cpu() for x in want]) < 1e-4
@@ -145,8 +179,7 @@ def test_on_a_device_that_is_not_the_current_one(operation):
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """Names of the kernels that are compiled, or loaded from the cache on disk, during a test."""
-    import triton
-
+    triton = pytest.importorskip("triton")
     names: list[str] = []
 
     def hook(*, fn: object, **_: object) -> None:
@@ -162,39 +195,40 @@ def compilations() -> Iterator[list[str]]:
 def test_another_number_of_patches_compiles_nothing(operation, compilations):
     """Widths are multiples of 16, as those of the models: all strides then are, whatever the patches."""
     size = Size(3, 196, 48, 3, 196, 64, 4)
-    compute(operation, draw(operation, size, torch.float32), size)
+    compute(operation, draw(operation, size, torch.float32), size, "triton")
     assert compilations, "the hook saw nothing"
     compilations.clear()
     longer = replace(size, batch=4, patches=197, other_patches=197)
-    compute(operation, draw(operation, longer, torch.float32), longer)
+    compute(operation, draw(operation, longer, torch.float32), longer, "triton")
     assert compilations == []
 
 
 @operations
-def test_more_heads_than_blocks_of_a_second_dimension(operation):
+def test_more_heads_than_blocks_of_a_second_dimension(operation, backend):
     """B H beyond 65535, the most of y and z of a grid."""
     size = Size(9500, 3, 56, 7, 2, 56, 7)
-    assert_like_torch(operation, draw(operation, size, torch.float32), size)
+    assert_like_torch(operation, draw(operation, size, torch.float32), size, backend)
 
 
 @operations
-def test_an_empty_batch(operation):
+def test_an_empty_batch(operation, backend):
     size = replace(SIZE, batch=0)
     tensors = draw(operation, size, torch.float32)
-    for got, x in zip(compute(operation, tensors, size)[len(operation.outputs) :], tensors, strict=True):
+    found = compute(operation, tensors, size, backend)[len(operation.outputs) :]
+    for got, x in zip(found, tensors, strict=True):
         assert got.shape == x.shape
         assert not got.any()
 
 
-def last_images(operation, tensors: Sequence[Tensor], size: Size, few: int) -> list[Tensor]:
+def last_images(operation, tensors: Sequence[Tensor], size: Size, backend: str, few: int) -> list[Tensor]:
     """Outputs and gradients of the tokens, of the last images alone."""
-    outputs = operation.run(tensors, size, "triton")
+    outputs = operation.run(tensors, size, backend)
     tokens = tensors[: len(operation.tokens)]
     grads = torch.autograd.grad(outputs, tokens, [y.detach() for y in outputs])
     return [y.detach()[-few:].clone() for y in (*outputs, *grads)]
 
 
-def test_tokens_beyond_two_billion_elements():
+def test_tokens_beyond_two_billion_elements(backend):
     """Offsets of 64 bits: the last images of a batch whose tokens have more than 2^31 elements."""
     batch, few = 24_500, 4
     if torch.cuda.mem_get_info()[0] < 80e9:
@@ -204,11 +238,11 @@ def test_tokens_beyond_two_billion_elements():
         size = replace(SIZE, batch=few) if operation.name == "cross_fusion" else Size(few, 400, 224, 7)
         count = len(operation.tokens)
         tensors = draw(operation, size, torch.bfloat16)
-        want = last_images(operation, tensors, size, few)
+        want = last_images(operation, tensors, size, backend, few)
         # The same few images over and over.
         tensors[:count] = [x.detach().repeat(batch // few, 1, 1).requires_grad_() for x in tensors[:count]]
         assert tensors[1].numel() > 2**31
-        got = last_images(operation, tensors, replace(size, batch=batch), few)
+        got = last_images(operation, tensors, replace(size, batch=batch), backend, few)
         assert error(got, want) < TOLERANCES[torch.bfloat16]
         del tensors
         torch.cuda.empty_cache()
@@ -216,12 +250,12 @@ def test_tokens_beyond_two_billion_elements():
 
 @operations
 @dtypes
-def test_the_interpreter_agrees(operation, dtype):
+def test_the_interpreter_agrees(operation, dtype, backend):
     """The PTX that is interpreted without a GPU, and the same kernels on this one."""
     contract = pytest.importorskip("tests.contract")
     size = Size(2, 9, 32, 2, 5, 24, 3)
     tensors = draw(operation, size, dtype)
-    got = compute(operation, tensors, size)
-    with contract.without_a_gpu("sm_80"):
-        want = compute(operation, [x.detach().cpu().requires_grad_() for x in tensors], size)
+    got = compute(operation, tensors, size, backend)
+    with contract.without_a_gpu("sm_80", backend):
+        want = compute(operation, [x.detach().cpu().requires_grad_() for x in tensors], size, backend)
     assert error([x.cpu() for x in got], want) < TOLERANCES[dtype]

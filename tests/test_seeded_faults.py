@@ -22,7 +22,11 @@ SEED = int(os.environ.get("FAULT_SEED", "0"))
 WRONG_RESULTS = [fault for fault in FAULTS if not fault.memory]
 # What is run against a fault: the contract of one instruction set.
 CONTRACT = ["tests/test_contract.py", "-k", "cpu-baseline"]
-TRITON = ["tests/test_triton.py", "-k", "every_kernel or everything or more_than_one or 16_bits or nearly"]
+TRITON = [
+    "tests/test_gpu_kernels.py",
+    "-k",
+    "triton and (every_kernel or everything or more_than_one or 16_bits or nearly)",
+]
 
 
 def catches(fault: Fault | None, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:

@@ -41,7 +41,7 @@ def test_targets_of_the_visible_gpus_or_the_defaults(build):
     build.names["run"] = lambda *args, **kwargs: "9.0\n8.6\n9.0\n"
     assert build.cuda_targets() == ["sm_86", "sm_90a"]
     build.names["run"] = lambda *args, **kwargs: "No devices were found\n"
-    assert build.cuda_targets() == ["sm_80", "sm_90a", "compute_80"]
+    assert build.cuda_targets() == ["sm_80", "sm_90a", "compute_90"]
 
 
 def test_code_generation_flags(build):

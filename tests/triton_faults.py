@@ -1,4 +1,4 @@
-"""Faults for the Triton kernels, each of which some test of `test_triton.py` has to catch."""
+"""Faults for the Triton kernels, each of which some test of `test_gpu_kernels.py` has to catch."""
 
 from __future__ import annotations
 

@@ -31,8 +31,10 @@ from .operands import Operands
 
 __all__ = ["cross_attention"]
 
-# Best first: the order in which "auto" tries them.
+# Best first: the order in which "auto" tries them; that of the first two depends on the size of the call
+# (cross_attention/gpu_preference.py).
 IMPLEMENTATIONS: dict[str, Callable] = {
+    "cuda": partial(op.cross_attention, backend="cuda"),
     "triton": partial(op.cross_attention, backend="triton"),
     "cpu": partial(op.cross_attention, backend="cpu"),
     "torch": absorbed.cross_attention,

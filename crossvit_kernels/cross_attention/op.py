@@ -12,21 +12,25 @@ from torch import Tensor
 from .. import validation
 from ..library import any_requires_grad, define, differentiate_by
 from ..modes import without_autocast
-from . import absorbed, native
+from . import absorbed, cuda_launch, native
 from .directions import Direction, ForwardOutputs, Gradients
+from .gpu_preference import chosen
 from .operands import Operands, Weights
 
 
 def engine(backend: str) -> ModuleType:
     """The module that computes for a backend: `saved_floats`, `forward`, `backward`.
 
-    The operators' backend "auto" is Triton's where `validation.trusted` says so, else PyTorch's operators.
+    All of a GPU have the same `saved_floats`, so that "auto", which is settled when the operator runs, has
+    it too; one of them may go on in backward where another stopped.
     """
     if backend == "cpu":
         return native
-    from . import triton_launch
+    if backend == "triton":
+        from . import triton_launch
 
-    return triton_launch
+        return triton_launch
+    return cuda_launch
 
 
 def cross_attention(operands: Operands, backend: str) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,9 @@ def _forward(
     direction = Direction(cls, patches, tuple(weights), num_heads, residual_scale, seed)
     batch, count, width = patches.shape
     saved = empty_saved(patches, num_heads, backend)
-    if backend == "auto" and not _trusted(patches, weights, num_heads, backward=False):
+    if backend == "auto":
+        backend = _chosen(patches, weights, num_heads, backward=False)
+    if backend == "torch":
         operands = Operands(
             cls, patches, tuple(weights), num_heads, eps, dropout_p, seed, 0, residual_scale, return_attention
         )
@@ -74,10 +80,12 @@ def _forward(
     return y, attention, outputs.saved
 
 
-def _trusted(patches: Tensor, weights: list[Tensor | None], num_heads: int, backward: bool) -> bool:
+def _chosen(patches: Tensor, weights: list[Tensor | None], num_heads: int, backward: bool) -> str:
     assert weights[2] is not None
-    what = ("cross_attention", patches.device, (patches.shape[2],), (num_heads,), patches.dtype)
-    return validation.trusted(*what, weights[2].dtype, backward)
+    batch, _, width = patches.shape
+    dtypes = (patches.dtype, weights[2].dtype)
+    kind = validation.Kind("cross_attention", patches.device, (width,), (num_heads,), *dtypes)
+    return chosen(kind, batch, backward)
 
 
 def _forward_fake(
@@ -126,7 +134,9 @@ def _backward(
     to_patches, to_scale, to_weights = wanted
     if attention.numel() == 0:  # it was not asked for, and torch.compile gives its gradient all the same
         grad_attention = None
-    if backend == "auto" and not _trusted(patches, weights, num_heads, backward=True):
+    if backend == "auto":
+        backend = _chosen(patches, weights, num_heads, backward=True)
+    if backend == "torch":
         options = (num_heads, eps, dropout_p, grad_attention is not None)
         with validation.as_outside_of_operators():
             found = _differentiated(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from . import triton_buffers as buffers
 from . import triton_chain as chain
 from . import triton_tokens as attention
 from .directions import Direction, ForwardOutputs, Gradients
+from .gpu import gpu_of, on_device_of, scores_to_attention
 from .operands import Weights
 from .triton_table import Configuration, allows_tf32, configuration
 
@@ -225,22 +225,10 @@ class _Launcher:
         )
 
 
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _architecture() -> str:
     """Of the current device, as triton_table.py names it."""
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # compiled kernels executed without a GPU
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits(programs: int, patches: int, tokens: int, multiprocessors: int) -> int:
@@ -269,7 +257,7 @@ def forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, drop
     batch = directions[0][0].patches.shape[0]
     if batch == 0:
         return
-    with _device_of(directions[0][0].patches):
+    with on_device_of(directions[0][0].patches):
         _forward(directions, eps, dropout_p)
 
 
@@ -281,7 +269,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
     device = tasks[0].patches.device
     programs = [batch * -(-t.num_heads // config.head_tile) for t in tasks]
     counts = [t.patches.shape[1] for t in tasks]
-    parts = [splits(sum(programs), count, config.tokens, _multiprocessors(device)) for count in counts]
+    parts = [splits(sum(programs), count, config.tokens, gpu_of(device).multiprocessors) for count in counts]
     given = []
     for (task, out), part in zip(directions, parts, strict=True):
         direction = _direction(task, out.saved, config)
@@ -313,16 +301,7 @@ def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dro
     launcher.rows(chain.output, lambda d: launcher.columns(d["width"].value))
     if fuses:
         launcher.rows(chain.back, lambda d: launcher.columns(d["own_width"].value), eps)
-    for task, out in directions:
-        if out.attention is not None:
-            # The kernel leaves scores in base 2; what turns them into weights is known only now.
-            out.attention.sub_(_log_sum_exp(out.saved, task)[..., None]).exp2_()
-
-
-def _log_sum_exp(saved: Tensor, task: Direction) -> Tensor:
-    """The part of `saved` that holds log2 of the sums of the exponentials, [B, H]."""
-    start = saved.shape[1] - 2 * buffers.padded(task.num_heads)
-    return saved[:, start : start + task.num_heads]
+    scores_to_attention(directions)
 
 
 def backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_p: float) -> None:
@@ -330,7 +309,7 @@ def backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_
     batch = directions[0][0].patches.shape[0]
     if batch == 0:
         return
-    with _device_of(directions[0][0].patches):
+    with on_device_of(directions[0][0].patches):
         _backward(directions, eps, dropout_p)
 
 
@@ -341,7 +320,9 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
     counts = [t.patches.shape[1] for t in tasks]
-    parts = [splits(batch * len(tasks), count, config.tokens, _multiprocessors(device)) for count in counts]
+    parts = [
+        splits(batch * len(tasks), count, config.tokens, gpu_of(device).multiprocessors) for count in counts
+    ]
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)

@@ -36,8 +36,10 @@ from .reference import fusion_with
 
 __all__ = ["FusionWeights", "cross_fusion"]
 
-# Best first: the order in which "auto" tries them.
+# Best first: the order in which "auto" tries them; that of the first two depends on the size of the call
+# (cross_attention/gpu_preference.py).
 IMPLEMENTATIONS: dict[str, Callable] = {
+    "cuda": partial(op.cross_fusion, backend="cuda"),
     "triton": partial(op.cross_fusion, backend="triton"),
     "cpu": partial(op.cross_fusion, backend="cpu"),
     "torch": fusion_with(absorbed.cross_attention),

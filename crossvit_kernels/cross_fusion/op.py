@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import validation
 from ..cross_attention import absorbed
 from ..cross_attention.directions import Direction, ForwardOutputs, Gradients
+from ..cross_attention.gpu_preference import chosen
 from ..cross_attention.op import (
     empty_as,
     empty_saved,
@@ -70,7 +71,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     tokens = (tokens_s, tokens_l)
-    if backend == "auto" and not _trusted(tokens, weights, num_heads, backward=False):
+    if backend == "auto":
+        backend = _chosen(tokens, weights, num_heads, backward=False)
+    if backend == "torch":
         operands = _operands(
             tokens, weights, (scale_s, scale_l), seed, num_heads, eps, dropout_p, return_attention
         )
@@ -95,14 +98,14 @@ def _forward(
     return (*new, *attentions, *kept)
 
 
-def _trusted(
+def _chosen(
     tokens: Sequence[Tensor], weights: list[Tensor | None], num_heads: Sequence[int], backward: bool
-) -> bool:
+) -> str:
     wq, (tokens_s, tokens_l) = weights[6], tokens
     assert wq is not None
-    widths = (tokens_s.shape[2], tokens_l.shape[2])
-    what = ("cross_fusion", tokens_s.device, widths, tuple(num_heads), tokens_s.dtype)
-    return validation.trusted(*what, wq.dtype, backward)
+    sizes = ((tokens_s.shape[2], tokens_l.shape[2]), tuple(num_heads))
+    kind = validation.Kind("cross_fusion", tokens_s.device, *sizes, tokens_s.dtype, wq.dtype)
+    return chosen(kind, tokens_s.shape[0], backward)
 
 
 def _operands(
@@ -188,7 +191,9 @@ def _backward(
         attentions[0].numel() == 0
     ):  # they were not asked for, and torch.compile gives their gradients all the same
         grad_attentions = [None, None]
-    if backend == "auto" and not _trusted((tokens_s, tokens_l), weights, num_heads, backward=True):
+    if backend == "auto":
+        backend = _chosen((tokens_s, tokens_l), weights, num_heads, backward=True)
+    if backend == "torch":
         options = (eps, dropout_p, any(g is not None for g in grad_attentions))
         with validation.as_outside_of_operators():
             found = _differentiated(

@@ -4,13 +4,19 @@
 
 #include <stdint.h>
 
+#ifdef __CUDACC__
+#define CROSSVIT_EVERYWHERE __host__ __device__
+#else
+#define CROSSVIT_EVERYWHERE
+#endif
+
 namespace crossvit {
 
 struct Words {
     uint32_t word[4];
 };
 
-static inline Words philox(Words counter, uint32_t key0, uint32_t key1) {
+CROSSVIT_EVERYWHERE static inline Words philox(Words counter, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t{0xD2511F53u} * counter.word[0];
         const uint64_t b = uint64_t{0xCD9E8D57u} * counter.word[2];

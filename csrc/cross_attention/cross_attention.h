@@ -79,6 +79,12 @@ struct Direction {
     Tokens cls_gradient, patches_gradient;
     float* scale_gradient;  // [B, C]
     Parameters gradients;
+
+    // CUDA alone: room for intermediates, as cuda_buffers.cuh lays it out. `parts` is null where the tokens of
+    // an image are not split.
+    float* scratch;
+    float* parts;
+    int64_t splits;
 };
 
 struct Options {

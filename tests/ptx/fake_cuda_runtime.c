@@ -47,7 +47,7 @@ enum {
 };
 
 static Hook hook;
-static int capability, multiprocessors;
+static int capability, multiprocessors, code_version;
 static size_t max_shared;
 static Dim3 pushed_grid, pushed_block;
 static size_t pushed_shared;
@@ -61,8 +61,9 @@ static struct {
 } kernels[MAX_KERNELS];
 
 // shared: the most bytes of shared memory that a block may ask for
-void fake_cuda_start(Hook new_hook, int new_capability, size_t shared, int processors) {
+void fake_cuda_start(Hook new_hook, int new_capability, size_t shared, int processors, int code) {
     hook = new_hook;
+    code_version = code;
     capability = new_capability;
     max_shared = shared;
     multiprocessors = processors;
@@ -198,6 +199,7 @@ int cudaFuncGetAttributes(FunctionAttributes* attributes, const void* function) 
     if (i < 0) return fail(INVALID_FUNCTION);
     memset(attributes, 0, sizeof *attributes);
     attributes->max_threads = 1024;
+    attributes->ptx_version = code_version;
     attributes->max_dynamic_shared = (int)kernels[i].max_shared;
     return 0;
 }

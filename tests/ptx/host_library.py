@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -172,7 +173,10 @@ class HostLibrary:
     def __init__(self, library: Path, ptx: str | Sequence[str], capability: int = 80, **options: Any) -> None:
         self.options, self.capability = options, capability
         self.modules: dict[str, Module] = {}  # of each kernel
-        for text in [ptx] if isinstance(ptx, str) else ptx:
+        texts = [ptx] if isinstance(ptx, str) else ptx
+        # what the code was compiled for, which may be older than the GPU
+        self.code_version = min(int(x) for t in texts for x in re.findall(r"^\.target sm_(\d+)", t, re.M))
+        for text in texts:
             for name, kernel in (module := parse(text)).kernels.items():
                 first = self.modules.setdefault(name, module).kernels[name]
                 if [i.line for i in first.code] != [i.line for i in kernel.code]:
@@ -195,7 +199,9 @@ class HostLibrary:
             self._memory = [a for a in (*args, *memory) if isinstance(a, torch.Tensor | np.ndarray)]
             self._error = None
             shared, processors = DEVICES[self.capability]
-            self._library.fake_cuda_start(self._hook, self.capability, ctypes.c_size_t(shared), processors)
+            self._library.fake_cuda_start(
+                self._hook, self.capability, ctypes.c_size_t(shared), processors, self.code_version
+            )
             code = getattr(self._library, function)(*map(_c_argument, args))
             if self._error:
                 raise self._error

@@ -191,8 +191,8 @@ class Module:
                 kernel.branch_targets[last_label] = split_operands(statement.removeprefix(".branchtargets"))
             elif statement.startswith(".loc "):
                 location = self._location(statement)
-            elif match := re.match(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"', statement):
-                used = int(match.group(1), 16)
+            elif match := re.match(r'\.pragma "used_bytes_mask (0x[0-9a-f]+|\d+)"', statement):
+                used = int(match.group(1), 0)
             else:
                 _local_declaration(kernel, statement)
 
