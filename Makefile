@@ -22,7 +22,7 @@ test: $(VENV)/.test
 	  -m "not packaging and not sanitized and not exhaustive and not interpreted"
 
 # The contract of the GPU kernels, executed without a GPU: one part of PARTS, which SEED draws.
-PARTS := 16
+PARTS := 32
 PART ?= $(shell expr $(SEED) % $(PARTS))/$(PARTS)
 
 test-interpreted: $(VENV)/.test

@@ -19,7 +19,8 @@ from crossvit_kernels import native, triton_runtime
 from crossvit_kernels.backends import BACKENDS
 from crossvit_kernels.cross_attention import cuda_launch
 from crossvit_kernels.cross_attention.gpu import Gpu
-from tests.operations import OPERATIONS, Size, leaves
+from tests.contract import without_a_gpu
+from tests.operations import OPERATIONS, Size, leaves, relative_error
 
 MODULE = sys.modules["crossvit_kernels.backends"]  # the package's attribute of this name is the function
 ATTENTION, FUSION = OPERATIONS
@@ -203,3 +204,40 @@ def test_it_leaves_for_backward_what_triton_leaves(width, heads):
     from crossvit_kernels.cross_attention import triton_launch
 
     assert cuda_launch.saved_floats(width, heads) == triton_launch.saved_floats(width, heads)
+
+
+# On the interpreter
+
+
+def test_code_that_is_older_than_the_gpu():
+    """As PTX of compute_80 on newer GPUs: it has no clusters and no dependent launches."""
+    size = Size(1, 100, 32, 2)  # few images: read in parts
+    tensors = ATTENTION.inputs(size, torch.float32)
+    with (
+        without_a_gpu("sm_80", "cuda") as recorder,
+        mock.patch.object(cuda_launch, "gpu_of", return_value=Gpu(90, 132, 166_912)),
+    ):
+        (got,) = ATTENTION.run(tensors, size, "cuda")
+    assert not any(x.launched.cluster or x.launched.dependent for x in recorder.launches)
+    assert relative_error(got, ATTENTION.oracle([x.double() for x in tensors], size)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_not_finite_stays_with_its_token(dtype):
+    """Gradients take the place of tokens in shared memory, and what is left of them meets the last tile."""
+    size = Size(1, 70, 16, 2, 70, 16, 2)
+    tensors = leaves(FUSION.inputs(size, dtype))
+    with (
+        without_a_gpu("sm_90", "cuda"),
+        # of one multiprocessor, so that an image is read in one part
+        mock.patch.object(cuda_launch, "gpu_of", return_value=Gpu(90, 1, 232_448)),
+    ):
+        outputs = FUSION.run(tensors, size, "cuda")
+        incoming = [torch.ones_like(y) for y in outputs]
+        for g in incoming:
+            g[:, 1:65] = torch.inf
+        found = torch.autograd.grad(outputs, tensors, incoming)
+    for gradient in found[: len(outputs)]:
+        assert not gradient[:, 1:65].isfinite().any()
+        gradient[:, 1:65] = 0.0
+    assert all(gradient.isfinite().all() for gradient in found)

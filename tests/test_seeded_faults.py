@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 
 from tests.contract import needs_module
+from tests.cuda_faults import CUDA_FAULTS
 from tests.native_builds import build, copy_project, run_tests
 from tests.seeded_faults import FAULTS, Fault
 from tests.triton_faults import TRITON_FAULTS
 
 SAMPLE = 3
-TRITON_SAMPLE = 2
+GPU_SAMPLE = 2
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 WRONG_RESULTS = [fault for fault in FAULTS if not fault.memory]
 # What is run against a fault: the contract of one instruction set.
 CONTRACT = ["tests/test_contract.py", "-k", "cpu-baseline"]
-TRITON = [
-    "tests/test_gpu_kernels.py",
-    "-k",
-    "triton and (every_kernel or everything or more_than_one or 16_bits or nearly)",
-]
+TELLING = "(every_kernel or everything or more_than_one or 16_bits or nearly or tf32)"
+GPU_TESTS = {
+    "triton": ["tests/test_gpu_kernels.py", "-k", f"triton and {TELLING}"],
+    "cuda": ["tests/test_cuda.py", "tests/test_gpu_kernels.py", "-k", f"cuda and {TELLING} or not_finite"],
+}
 
 
 def catches(fault: Fault | None, root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
@@ -64,19 +65,23 @@ def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
 
 def fault_is_noticed(fault: Fault, root: Path) -> bool:
     copy_project(root, fault)
-    done = run_tests(root, TRITON)
+    done = run_tests(root, GPU_TESTS["cuda" if fault in CUDA_FAULTS else "triton"])
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 1
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("index", range(TRITON_SAMPLE))
-def test_a_fault_of_the_triton_kernels_is_caught(index, tmp_path):
-    fault = random.Random(SEED).sample(TRITON_FAULTS, TRITON_SAMPLE)[index]
+@pytest.mark.parametrize(
+    ("faults", "index"),
+    [(faults, i) for faults in (TRITON_FAULTS, CUDA_FAULTS) for i in range(GPU_SAMPLE)],
+    ids=[f"{backend}-{i}" for backend in ("triton", "cuda") for i in range(GPU_SAMPLE)],
+)
+def test_a_fault_of_the_gpu_kernels_is_caught(faults, index, tmp_path):
+    fault = random.Random(SEED).sample(faults, GPU_SAMPLE)[index]
     assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("fault", TRITON_FAULTS, ids=lambda fault: fault.what)
-def test_every_fault_of_the_triton_kernels_is_caught(fault, tmp_path):
+@pytest.mark.parametrize("fault", [*TRITON_FAULTS, *CUDA_FAULTS], ids=lambda fault: fault.what)
+def test_every_fault_of_the_gpu_kernels_is_caught(fault, tmp_path):
     assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what}"

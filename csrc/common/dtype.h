@@ -1,4 +1,4 @@
-// Storage types of tensors. The numbers of `Dtype` are those of crossvit_kernels/native.py.
+// Storage types of tensors. The numbers of `Dtype` are those of crossvit_kernels/cross_attention/packing.py.
 #pragma once
 
 #include <stddef.h>

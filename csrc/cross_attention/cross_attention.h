@@ -1,4 +1,5 @@
-// Single-query cross-attention and the fusion around it, forward and backward, on the CPU.
+// Single-query cross-attention and the fusion around it, forward and backward: what is computed, and from what.
+// cpu.cpp computes it on the CPU; cuda.h has what GPUs need beside it.
 //
 // The function, per image and head h, with x^ the normalised tokens of [c || patches]
 // (docs/cross_attention.md derives it):
@@ -11,7 +12,7 @@
 //     y   = c + scale (Wo o + bo)
 //     cls' = g(y)                           g as f; cross-attention alone has cls' = y
 //
-// Everything is computed in float32 whatever the storage types. Results are the same bits for any number of
+// The CPU computes in float32 whatever the storage types. Its results are the same bits for any number of
 // threads: the tokens of an image are cut into chunks that depend on their number alone.
 #pragma once
 
@@ -57,7 +58,7 @@ struct Parameters {
 };
 
 // One direction: the CLS token of one branch reads the patches of the other. Integers and pointers only, 8
-// bytes each: crossvit_kernels/cross_attention/native.py packs it in this order.
+// bytes each: crossvit_kernels/cross_attention/packing.py packs it in this order.
 struct Direction {
     int64_t batch, patches, width, own_width, heads;  // width: of the patches; own_width: of the CLS token
     Dtype tokens, weights;                            // storage types of tokens and of matrices

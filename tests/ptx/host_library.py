@@ -87,12 +87,12 @@ def _compiled(
     sources: Sequence[Path], architecture: str, options: Sequence[str], headers: Path | None
 ) -> list[Path]:
     """For each source a path that ends in .ptx and in .o."""
-    files = sorted(p for p in headers.rglob("*") if p.is_file()) if headers else []
-    common = [_nvcc_version(), architecture.encode(), *(x.encode() for x in options)]
-    common += [x for p in files for x in (str(p.relative_to(headers)).encode(), p.read_bytes())]
+    files = sorted(p for p in headers.rglob("*.*h") if p.is_file()) if headers else []
+    common = [_nvcc_version(), architecture.encode(), *_without_folder(options, headers)]
+    common += [x for p in files for x in (*_without_folder([str(p)], headers), p.read_bytes())]
 
     def one(source: Path) -> Path:
-        name = _hash([*common, source.name.encode(), source.read_bytes()])
+        name = _hash([*common, *_without_folder([str(source)], headers), source.read_bytes()])
         stem = _folder() / f"{source.stem}-{name}"
 
         def build(scratch: Path) -> None:
@@ -110,6 +110,11 @@ def _compiled(
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         return list(pool.map(one, sources))
+
+
+def _without_folder(words: Sequence[str], folder: Path | None) -> list[bytes]:
+    """Copies of a folder have the same results."""
+    return [x.replace(str(folder), "").encode() if folder else x.encode() for x in words]
 
 
 def _make(targets: Sequence[Path], build: Any) -> None:
@@ -177,10 +182,13 @@ class HostLibrary:
         # what the code was compiled for, which may be older than the GPU
         self.code_version = min(int(x) for t in texts for x in re.findall(r"^\.target sm_(\d+)", t, re.M))
         for text in texts:
-            for name, kernel in (module := parse(text)).kernels.items():
-                first = self.modules.setdefault(name, module).kernels[name]
-                if [i.line for i in first.code] != [i.line for i in kernel.code]:
-                    raise PtxError(f"two sources have different kernels {name}")
+            module = parse(text, later=True)
+            for name in module.names:
+                first = self.modules.setdefault(name, module)
+                if first is not module:
+                    codes = ([i.line for i in x.kernel(name).code] for x in (first, module))
+                    if next(codes) != next(codes):
+                        raise PtxError(f"two sources have different kernels {name}")
         self.launches: list[Launched] = []
         self.steps = 0
         self._library = ctypes.CDLL(str(library))
@@ -223,7 +231,7 @@ class HostLibrary:
                 else:
                     memory.add_array(data)
             module = self.modules[name.decode()]
-            kernel = module.kernels[name.decode()]
+            kernel = module.kernel(name.decode())
             static = sum(kernel.shared.values())
             if static + shared > DEVICES[self.capability][0]:
                 return INVALID_VALUE

@@ -142,9 +142,14 @@ class Machine:
         self.carry = np.zeros(self.n, np.uint64)
         self.state, self.place = np.zeros(self.n, np.int8), np.zeros(self.n, np.int32)
         self._asynchronous_state()
-        self.code: list[Step] = []
+        self.code: dict[int, Step] = {}
         self.end = len(self.kernel.code)
-        self.code = [self._step(ins) for ins in self.kernel.code]
+        for at, ins in enumerate(self.kernel.code):
+            # All once, so that what is not known is an error even where no thread comes by; later, what only
+            # computes is made ready when it is reached.
+            if not self.kernel.known or not _passes_on(ins.op):
+                self.code[at] = self._step(ins)
+        self.kernel.known = True
         self.steps = 0
 
     def _special_registers(self, blocks: range) -> None:
@@ -285,6 +290,10 @@ class Machine:
         merges = ins.op in MERGES
         return Step(guard, ins.negated, run, control, ins.line, guard_name, sources, targets, uses, merges)
 
+    def _make_ready(self, place: int) -> Step:
+        self.code[place] = step = self._step(self.kernel.code[place])
+        return step
+
     def _undefined(self, step: Step, lanes: Mask) -> np.ndarray | None:
         """The lanes in which a source of the step was never written; an error where the value matters."""
         missing = [~self.incomplete[r] for r in step.sources if r in self.incomplete]
@@ -308,7 +317,7 @@ class Machine:
         full = (waits | ended).all(1) & waits.any(1)
         for block in np.flatnonzero(full):
             part = slice(block * self.threads, (block + 1) * self.threads)
-            places = sorted({self.code[x - 1].line for x in self.place[part][waits[block]]})
+            places = sorted({self.kernel.code[x - 1].line for x in self.place[part][waits[block]]})
             where = " / ".join(places)
             if ended[block].any():
                 raise PtxError(f"barrier divergence: threads exited while others wait at {where}")
@@ -330,13 +339,13 @@ class Machine:
         if (self.state[waiting] == AT_CLUSTER).any() and self.cluster_barriers.missing(
             self.place >= self.end
         ).any():
-            where = self.code[self.place[waiting[self.state[waiting] == AT_CLUSTER][0]]].line
+            where = self.kernel.code[self.place[waiting[self.state[waiting] == AT_CLUSTER][0]]].line
             return PtxError(f"cluster barrier divergence: threads exited while others wait at {where}")
         seen = sorted({(int(self.place[x]), int(self.state[x])) for x in waiting})
         words = []
         for place, state in seen:
             count = int(((self.place == place) & (self.state == state)).sum())
-            line = self.code[place - (state == AT_BARRIER)].line
+            line = self.kernel.code[place - (state == AT_BARRIER)].line
             words.append(f"{count} threads wait in {STATES[state]} at {line}")
         return PtxError("deadlock: " + "; ".join(words))
 
@@ -390,7 +399,7 @@ class Machine:
                 current, mask = picked
                 if mask.all():
                     uniform, apart, mask = True, 0, None
-            step = self.code[current]
+            step = self.code.get(current) or self._make_ready(current)
             self.steps += 1
             if self.steps > self.max_steps:
                 raise PtxError(f"more than {self.max_steps} steps, an endless loop? {step.line}")

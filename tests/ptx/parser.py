@@ -52,6 +52,7 @@ class Kernel:
     cluster: tuple[int, ...] | None = None  # .reqnctapercluster
     explicit_cluster: bool = False  # launches must give a cluster shape, or the kernel has one
     branch_targets: dict[str, list[str]] = field(default_factory=dict)  # name of the list: labels
+    known: bool = False  # every instruction has been found to be known
 
 
 TWO_WORDS = {"cp.async", "cp.async.bulk", "cp.async.bulk.tensor", "fence.proxy", "tensormap.replace"}
@@ -87,10 +88,14 @@ def vector(operand: str) -> list[str]:
 
 
 class Module:
-    """All kernels and variables of one PTX text."""
+    """All kernels and variables of one PTX text.
 
-    def __init__(self, text: str) -> None:
+    later: a kernel is parsed when `kernel` is first asked for it, as few of a large text may be launched.
+    """
+
+    def __init__(self, text: str, later: bool = False) -> None:
         self.kernels: dict[str, Kernel] = {}
+        self._texts: dict[str, tuple[str, str]] = {}  # head and body of each kernel
         self.data: dict[str, tuple[str, int, list[str]]] = {}  # global variables: type, elements, values
         self.dynamic: list[str] = []  # shared memory whose size the launch gives
         self.shared: dict[str, int] = {}
@@ -111,13 +116,27 @@ class Module:
             else:
                 end = _closing_brace(text, at)
                 if re.search(r"\.entry\b", head):
-                    self._kernel(head, text[at : end - 1])
+                    name = re.search(r"\.entry\s+([\w$]*)", head)[1]  # type: ignore[index]
+                    self._texts[name] = head, text[at : end - 1]
                 elif not head.startswith(".section"):
                     what = "device functions (.func) are" if ".func" in head else f"{head.split()[0]} is"
                     raise PtxError(f"{what} not supported: {' '.join(head.split())[:100]}")
                 at = end
         if rest := text[at:].strip():
             raise PtxError(f"unsupported text at the end: {rest[:80]}")
+        if not later:
+            for name in self._texts:
+                self.kernel(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all kernels."""
+        return list(self._texts)
+
+    def kernel(self, name: str) -> Kernel:
+        if name not in self.kernels:
+            self._kernel(*self._texts[name])
+        return self.kernels[name]
 
     def _declaration(self, text: str) -> None:
         if not text or re.match(r"\.extern\s+\.func\b", text) or re.match(r"\.pragma\b", text):
@@ -305,6 +324,6 @@ def _instruction(statement: str, location: str, used: int | None) -> Instruction
 
 # Few, as a large module takes tens of megabytes: the kernels of one operation and its gradients.
 @lru_cache(maxsize=24)
-def parse(text: str) -> Module:
-    """The module of a PTX text, parsed once."""
-    return Module(text)
+def parse(text: str, later: bool = False) -> Module:
+    """The module of a PTX text, parsed once; `later` as `Module` has it."""
+    return Module(text, later)
