@@ -1,13 +1,17 @@
-"""What the Triton kernels compile to for GPUs that are not here: budgets, parsers, table, model."""
+"""What GPU kernels compile to for GPUs that are not here: budgets, parsers, table, counts, model."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import compile_table, time_model, tune_triton
+from benchmarks import compile_table, compiled_cuda, executed, time_model, tune_triton
 from benchmarks.compiled import (
     ARCHITECTURES,
     Case,
@@ -24,6 +28,9 @@ from benchmarks.compiled import (
 from crossvit_kernels.cross_attention import triton_table
 from crossvit_kernels.cross_attention.triton_table import Configuration, configuration
 
+compiles_cuda = pytest.mark.skipif(
+    compiled_cuda.missing() is not None, reason=f"the CUDA kernels: {compiled_cuda.missing()}"
+)
 compiles = pytest.mark.skipif(cuobjdump() is None, reason="this Triton has no cuobjdump")
 
 USAGE = """
@@ -59,12 +66,9 @@ AMDGCN = """
 
 def test_the_output_of_cuobjdump_is_understood():
     assert parse_resource_usage(USAGE) == (168, 16)
-    opcodes, loops = parse_sass(SASS)
-    case = Case((224, 448), 7)
-    found = Resources("attend", "sm_90", case, 168, 16, 30000, 4, opcodes, loops)
+    found = Resources("attend", "sm_90", Case((224, 448), 7), 168, 16, 30000, 4, parse_sass(SASS))
     assert (found.local, found.tensor, found.wide, found.instructions) == (1, 1, 2, 8)
-    assert [(loop.start, loop.end, sum(loop.opcodes.values())) for loop in loops] == [(0x20, 0x60, 5)]
-    assert time_model.shared_bytes(loops[0].opcodes) == 2 * 512
+    assert time_model.shared_bytes(found.opcodes) == 2 * 512
     assert compile_table.verdict(found) == "local memory"
     with pytest.raises(ValueError, match="no resource usage"):
         parse_resource_usage("")
@@ -72,7 +76,7 @@ def test_the_output_of_cuobjdump_is_understood():
 
 def test_amds_assembly_is_understood():
     registers, stack, opcodes = parse_amdgcn(AMDGCN)
-    found = Resources("attend", "gfx942", Case((224, 448), 7), registers, stack, 30000, 4, opcodes, [])
+    found = Resources("attend", "gfx942", Case((224, 448), 7), registers, stack, 30000, 4, opcodes)
     assert (registers, stack, found.local, found.tensor, found.wide) == (96, 24, 1, 1, 1)
 
 
@@ -212,14 +216,280 @@ def test_every_kernel_keeps_its_budget(architecture, widths):
 
 
 @compiles
-def test_predictions_have_all_kernels_of_a_fusion():
+def test_predictions_of_a_kernel():
     case = Case((224, 448), 7)
-    found = compile_case(case, "sm_90", "attend")
+    (found,) = compile_case(case, "sm_90", "attend")
     gpu = next(g for g in time_model.GPUS if g.name == "H200")
-    predicted = time_model.predict(found[0], time_model.crossvit_18(), 256, gpu, 16)
+    run = executed.counted("triton", replace(case, widths=(32, 64), heads=2), "sm_90", 0, (40, 20), "attend")
+    predicted = time_model.predict(found, run["attend"], time_model.crossvit_18(), 256, gpu)
     assert set(predicted.limits) == {
         "memory", "tensor cores", "exponentials", "instructions", "shared memory"
     }  # fmt: skip
     # 91 MB of tokens read, 91 MB written, at 4.3 TB/s.
     assert 40 < predicted.limits["memory"] < 50
     assert torch.tensor(list(predicted.limits.values())).isfinite().all()
+
+
+def test_limits_are_those_computed_by_hand():
+    gpu = replace(time_model.GPUS[0], multiprocessors=10, clock=1.0)
+    found = Resources("attend", "sm_80", Case((448,), 7), 255, 0, 30000, 4, Counter())
+    assert found.blocks == 2
+    # 5 blocks on 5 of 10 multiprocessors: one warp a scheduler, which issues in 1 cycle of 2.5.
+    few = time_model.Issued(instructions=8000, longest=400, moved=64000, blocks=5).limits(found, gpu)
+    assert few == pytest.approx({"instructions": 8000 / (4 / 2.5 * 5) * 1e-3, "shared memory": 0.1})
+    # 100 blocks: two at once on each, and one warp is longer than its share.
+    many = time_model.Issued(instructions=8000, longest=4000, moved=64000, blocks=100).limits(found, gpu)
+    assert many == pytest.approx({"instructions": 4000 * 2.5 * 1e-3, "shared memory": 0.05})
+
+
+def test_both_backends_stand_side_by_side():
+    def predictions(times: dict[str, float]) -> list[time_model.Prediction]:
+        return [time_model.Prediction(k, {"memory": v, "exponentials": 0.01}, 1.0) for k, v in times.items()]
+
+    ours, theirs = predictions({"project": 1, "attend": 2}), predictions({"project": 3, "attend": 4})
+    gpu, h200 = time_model.GPUS[0], next(g for g in time_model.GPUS if g.name == "H200")
+    assert time_model.table(gpu, 256, ours, theirs) == [
+        f"| {gpu.name} | 256 | attend | 3.0 | 5.0 | memory 2.0 | memory 4.0 |",
+        f"| {gpu.name} | 256 | all of forward | 5.0 | 9.0 | | |",
+    ]
+    assert len(time_model.table(h200, 256, ours, theirs)) == 3
+
+
+# The page
+
+
+def test_the_page_keeps_what_is_not_written():
+    empty = compile_table.rewritten("", {})
+    assert empty == compile_table.INTRODUCTION + "\n"
+    cuda = compile_table.rewritten(empty, {"The CUDA kernels": "nvcc\n\n| a |"})
+    both = compile_table.rewritten(cuda, {"The Triton kernels": "Triton", "Predictions": "3 us"})
+    assert both.index("Triton\n") < both.index("## The CUDA kernels\n\nnvcc\n\n| a |\n") < both.index("3 us")
+    assert compile_table.rewritten(both, {}) == both
+    assert compile_table.rewritten(both, {"The CUDA kernels": "new"}) == both.replace("nvcc\n\n| a |", "new")
+
+
+def test_the_page_is_as_it_would_be_written():
+    page = compile_table.PAGE.read_text()
+    assert compile_table.rewritten(page, {}) == page
+    for title in (*compile_table.TITLES.values(), compile_table.PREDICTIONS):
+        assert f"\n## {title}\n" in page
+
+
+def test_a_machine_without_nvcc_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(compiled_cuda.shutil, "which", lambda name: None)
+    assert compile_table.main(["--backend", "cuda"]) == 2
+    assert capsys.readouterr().err == (
+        "cuda kernels cannot be compiled here: nvcc of the CUDA toolkit was not found on PATH\n"
+    )
+
+
+# The CUDA kernels
+
+USAGES = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN1aE:
+  REG:190 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:2856 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN1bE:
+  REG:32 STACK:8 SHARED:23296 LOCAL:0 CONSTANT[0]:2856 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+FUNCTIONS = f"""
+Fatbin elf code:
+\t\tFunction : _ZN1aE
+{SASS}
+\t\tFunction : _ZN1bE
+        /*0000*/                   UBLKCP.S.G [UR8], [UR4], UR6 ;
+        /*0010*/                   EXIT ;
+"""
+
+
+def test_several_kernels_of_a_cubin():
+    assert compiled_cuda.parse_resource_usages(USAGES) == {"_ZN1aE": (190, 0, 1024), "_ZN1bE": (32, 8, 23296)}
+    found = compiled_cuda.parse_functions(FUNCTIONS)
+    assert {name: sum(parse_sass(text).values()) for name, text in found.items()} == {
+        "_ZN1aE": 8,
+        "_ZN1bE": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        (
+            "void crossvit::(anonymous namespace)::attend_kernel<(crossvit::Product)0, true>(crossvit::Call)",
+            "attend_kernel<bfloat16, as is>",
+        ),
+        (
+            "void crossvit::attend_kernel<(crossvit::Product)3, false>(crossvit::Call)",
+            "attend_kernel<tf32>",
+        ),
+        ("crossvit::(anonymous namespace)::cls_backward_kernel(crossvit::Call)", "cls_backward_kernel"),
+    ],
+)
+def test_names_of_kernels(signature, name):
+    assert compiled_cuda.named(signature) == name
+
+
+TENSOR, WIDE = "HMMA.16816.F32.BF16", "LDG.E.128"
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, "ok"),
+        ({"stack": 8}, "local memory"),
+        ({"opcodes": Counter([TENSOR, WIDE, "STL"])}, "local memory"),
+        ({"shared": 200_000}, "shared memory, does not fit"),
+        ({"registers": 255, "warps": 8, "shared": 90_000}, "ok"),
+        ({"shared": 90_000}, "ok"),
+        ({"opcodes": Counter([WIDE])}, "no tensor cores"),
+        ({"opcodes": Counter([TENSOR])}, "no 16-byte access"),
+        ({"opcodes": Counter([TENSOR, "UBLKCP.S.G"])}, "ok"),
+        ({"opcodes": Counter([WIDE]), "case": Case((448,), 7, "fp32", "fp32")}, "ok"),
+        ({"opcodes": Counter([WIDE]), "case": Case((448,), 7, "fp32", "fp32", True)}, "no tensor cores"),
+        ({"opcodes": Counter(), "case": Case((448,), 7, "fp32", "fp32")}, "no 16-byte access"),
+        ({"kernel": "cls_backward", "opcodes": Counter()}, "ok"),
+        ({"kernel": "project", "opcodes": Counter([TENSOR])}, "ok"),
+    ],
+)
+def test_the_budget_of_the_cuda_kernels(change, verdict):
+    good = Resources(
+        "attend", "sm_80", Case((448,), 7), 200, 0, 60_000, 4, Counter([TENSOR, WIDE]), "attend<bfloat16>"
+    )
+    assert compile_table.verdict(replace(good, **change)) == verdict
+
+
+def test_fewer_blocks_than_designed():
+    found = Resources(
+        "attend", "sm_80", Case((448,), 7), 255, 0, 60_000, 4, Counter([TENSOR, WIDE]), "attend<bfloat16>"
+    )
+    assert (found.blocks, compile_table.designed_blocks(found)) == (2, 2)
+    alone = replace(found, registers=300)  # more than a thread can have: as if it were limited elsewhere
+    assert compile_table.verdict(alone) == "1 of 2 blocks"
+    assert compile_table.designed_blocks(replace(found, warps=8)) == 1
+    assert compile_table.designed_blocks(replace(found, shared=100_000)) == 1
+
+
+@compiles_cuda
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_cuda_kernels_over_the_tokens_keep_their_budget(architecture):
+    for case in compile_table.cases([(224, 448)], ["bf16/bf16", "fp16/fp16"], "cuda"):
+        (found,) = compiled_cuda.compile_case(case, architecture, compile_table.ATTENTION)
+        assert (found.kernel, compile_table.verdict(found)) == (found.kernel, "ok")
+        assert found.warps == 4
+
+
+@compiles_cuda
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", list(compiled_cuda.CODES))
+def test_every_cuda_kernel_keeps_its_budget(architecture):
+    """Float32 matrices, and float32 tokens beside them, do not fit everywhere: docs/cuda.md."""
+    for case in compile_table.cases(list(compile_table.widths_of_variants()), [], "cuda"):
+        found = compiled_cuda.compile_case(case, architecture)
+        faults = {r.instance: v for r in found if (v := compile_table.verdict(r)) != "ok"}
+        if case.tokens == "fp32":
+            faults = {k: v for k, v in faults.items() if v != "shared memory, does not fit"}
+        assert faults == {}
+
+
+@compiles_cuda
+def test_launches_of_the_cuda_kernels():
+    """Of one image on 132 multiprocessors: a cluster of parts forward, and, before 9.0, no cluster."""
+    case, launcher = Case((224, 448), 7), compiled_cuda.launcher()
+    found = {
+        architecture: {
+            compiled_cuda.demangled(x.kernel).split("_kernel")[0]: x
+            for x in launcher(case, architecture, 1, (400, 196), 132)
+        }
+        for architecture in ("sm_80", "sm_90")
+    }
+    assert list(found["sm_80"]) == ["project", "absorb", "attend", "values", "output", "back"]
+    assert found["sm_90"]["attend"].cluster == (7, 1, 1)
+    assert found["sm_80"]["attend"].cluster is None
+    assert found["sm_80"]["attend"].grid == found["sm_90"]["attend"].grid == (7, 2, 1)
+    assert [x.dependent for x in found["sm_80"].values()] == [False] * 6
+    assert [x.dependent for x in found["sm_90"].values()] == [True] * 6
+
+
+# What is executed
+
+PTX = """.version 9.0
+.visible .entry kernel(
+	.param .u64 p
+)
+.maxntid 256, 1, 1
+{
+	.reg .b32 	%r<9>;
+	.loc	1 44 5
+	mov.u32 	%r1, %tid.x;  // one
+$L__BB0_1:
+	{ mul.lo.s32 %r2, %r1, %r1; add.s32 %r3, %r2, %r1;}
+	ld.global.v2.u32 	{%r4, %r5}, [%rd1];
+	// begin inline asm
+	{
+	.reg .pred q;
+	setp.ne.s32 q, %r1, 0;
+	}
+	// end inline asm
+	$L_brx_1: .branchtargets
+		$L__BB0_1,
+		$L__BB0_2;
+	brx.idx 	%r2,
+		$L_brx_1;
+$L__BB0_2: ret;
+}
+.entry other(
+)
+{
+	ret;
+}
+"""
+LINES = """
+.section .text.kernel
+	//## File ".nv_debug_ptx_txt", line 9
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_2:
+	//## File ".nv_debug_ptx_txt", line 11
+        /*0010*/                   IMAD R2, R0, R0, R0 ;
+        /*0020*/                   BRA.DIV UR4, `(.L_x_7) ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   NOP ;
+        /*0050*/                   EXIT ;
+.L_x_7:
+        /*0060*/                   WARPSYNC.COLLECTIVE R3, `(.L_x_8) ;
+.L_x_8:
+        /*0070*/                   SHFL.BFLY PT, R4, R0, 0x1, 0x1f ;
+"""
+
+
+def test_instructions_of_ptx_have_their_lines():
+    assert executed.instruction_lines(PTX, "kernel") == [9, 11, 11, 12, 16, 22, 24]
+    assert executed.instruction_lines(PTX, "other") == [28]
+
+
+def test_instructions_of_the_machine_have_their_lines():
+    found = executed.parse_lines(LINES)
+    assert [(x.opcode, x.line) for x in found] == [
+        ("S2R", 9), ("IMAD", 11), ("BRA.DIV", 11), ("BRA", 11), ("EXIT", 11)
+    ]  # fmt: skip
+
+
+def test_what_is_executed_is_counted_by_lines():
+    """Two warps, the second in a later part of the grid; what has no line counts as the beginning."""
+    of_ptx = [np.array([[1], [3], [3], [1], [0], [0], [1]]), np.array([[1], [5], [5], [1], [0], [0], [1]])]
+    code = [executed.Instruction("MOV", 6), executed.Instruction("IMAD", 11), executed.Instruction("X", 16)]
+    opcodes, of_warps = executed._executed(of_ptx, PTX, "kernel", code)
+    assert opcodes == Counter({"MOV": 2, "IMAD": 8, "X": 0})
+    assert list(of_warps) == [4, 6]
+
+
+@compiles_cuda
+@pytest.mark.parametrize(("width", "products"), [(64, 4), (224, 14)])
+def test_products_that_a_width_skips_are_not_counted(width, products):
+    """Of eight unrolled ones a warp: each product of 16 channels for the scores and for z, in each tile."""
+    for patches in (32, 40):
+        run = executed.counted("cuda", Case((width,), 2), "sm_80", 0, patches, "attend")["attend"]
+        tiles = -(-patches // 16)
+        assert run.opcodes["HMMA.16816.F32.BF16"] == 2 * products * tiles
+        assert (run.blocks, len(run.of_warps), run.overlaps) == (1, 4, False)

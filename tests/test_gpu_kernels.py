@@ -292,8 +292,8 @@ def test_inference_mode_and_frozen_weights(backend):
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 DEFECTS = 4  # of each kind, in each of the two kernels over the tokens
-# The share that may be missed: the CUDA kernels compute the row of the CLS token apart, and most of its
-# gradient is less than a step of bfloat16.
+# The share that may be missed. In CUDA all rows and lanes are unrolled, and those of the absent head and of
+# absent channels add zeros: what was missed in five samples was this, a square's sign, or a second barrier.
 UNNOTICED = {"cuda": 0.5, "triton": 0.25}
 
 
@@ -328,7 +328,7 @@ def test_defects_of_the_compiled_text_are_noticed(backend, kernel, target):
     from tests.ptx.formats import PtxError
     from tests.ptx.mutations import KINDS, OFTEN_HARMLESS, Mutant, mutants
 
-    size = Size(2, 37, 40, 5)
+    size = Size(2, 37, 56, 7)  # channels for every warp, a head too few
     subject = Subject(ATTENTION, backend, target)
     tensors = ATTENTION.inputs(size, torch.bfloat16)
 

@@ -6,12 +6,14 @@ import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_timing, hardware
-from benchmarks.gpu_cases import CASES, TARGETS, Case, Subject
+from benchmarks import gpu_cases, gpu_timing, hardware, preference, tune_triton
+from benchmarks.gpu_cases import CASES, OURS, TARGETS, Case, Subject, of_backend
+from crossvit_kernels.backends import BACKENDS
 from tests.operations import OPERATIONS, Size, leaves
 
 SMALL = Size(2, 6, 24, 3, 5, 16, 2)
@@ -152,6 +154,7 @@ def test_verdicts(code, stopped, line, want):
 def test_lines_of_the_check_become_rows():
     lines = [
         "  ok   cross_attention, triton on cuda: forward and gradients 1.0e-06 relative",
+        "  ok   cross_attention, cuda on cuda: forward and gradients 2.0e-06 relative",
         "  FAIL cross_fusion, torch on cuda: forward and gradients 1.0e-01 relative",
         "  ok   cross_fusion, torch on cpu: forward and gradients 1.0e-06 relative",
         "  ok   layer_norm_statistics, native CUDA: 1.0e-07 relative",
@@ -159,6 +162,7 @@ def test_lines_of_the_check_become_rows():
     found = dict(hardware.checks(lines))
     assert found == {
         "cross_attention, backend triton": "passed: forward and gradients 1.0e-06 relative",
+        "cross_attention, backend cuda": "passed: forward and gradients 2.0e-06 relative",
         "cross_fusion, backend torch": "FAILED: forward and gradients 1.0e-01 relative",
         "layer_norm_statistics (CUDA C++)": "passed: 1.0e-07 relative",
     }
@@ -199,7 +203,9 @@ def test_steps_that_pass_fail_and_cannot_run(report, monkeypatch, capsys):
 def test_measurements_are_written_as_they_come(report, monkeypatch, capsys):
     interval = {"median": 3e-5, "low": 2e-5, "high": 4e-5}
     ratio = {"median": 9.0, "low": 8.0, "high": 10.0}
-    fusion = [c.name for c in CASES if c.name.startswith("cross_fusion, ") and c.name.endswith("B=256, bf16")]
+    fusion = [
+        of_backend(f"cross_fusion, {mode}, B=256, bf16", "cuda") for mode in ("forward", "forward + backward")
+    ]
     entries = [
         {"name": "copy from device to device", "bytes_per_second": 4e12},
         {
@@ -225,8 +231,9 @@ def test_measurements_are_written_as_they_come(report, monkeypatch, capsys):
     assert "30.0 us (20.0-40.0), 1.50 times its bytes' time; times as long as ours: eager 9.0 |" in text
     assert "WRONG: relative error 5.0e-01" in text
     said = capsys.readouterr().out
-    assert "cross_fusion, forward: 18 us a direction: met" in said
-    assert "cross_fusion, forward + backward: at least 8 times eager: not measured" in said
+    assert "cross_fusion, forward, B=256: 36 us, backend cuda: met" in said
+    assert "cross_fusion, forward, B=256: 36 us, backend triton: not measured" in said
+    assert "cross_fusion, forward + backward: at least 8 times eager, backend cuda: not measured" in said
     lines[:] = lines[:3]
     assert hardware.run_measurements(report)
 
@@ -237,20 +244,34 @@ def test_measurements_are_written_as_they_come(report, monkeypatch, capsys):
 def test_the_cases():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    assert {target.case for target in TARGETS} <= set(names)
+    rows = {of_backend(name, backend) for name in names for backend in OURS}
+    assert {target.case for target in TARGETS} <= rows
+    assert rows & set(hardware.rows()) == {r for r in rows if r.split(",")[-2] == " bf16"}
+    whole = {("forward", False), ("forward + backward", False)}
     for operation in OPERATIONS:
-        for batch in (1, 256):
+        for batch in (1, 8, 64, 256):
             for dtype in ("bf16", "fp32"):
                 modes = {
                     (case.mode, case.subject.kernel_alone)
                     for case in CASES
                     if (case.subject.operation, case.batch, case.dtype) == (operation, batch, dtype)
                 }
-                assert modes == {
-                    *(("forward", alone) for alone in (True, False)),
-                    ("backward", True),
-                    ("forward + backward", False),
-                }
+                if dtype == "bf16":
+                    assert modes == whole | {("forward", True), ("backward", True)}
+                else:
+                    assert modes == (whole if batch in (1, 256) else set())
+
+
+def test_both_backends_have_the_same_rows():
+    rows = hardware.rows()
+    for of_cuda in rows:
+        if of_cuda.endswith(", backend cuda"):
+            assert of_cuda.replace("cuda", "triton") in rows
+    steps = {step.row: step for step in hardware._steps()}
+    for backend in OURS:
+        assert f"{backend}-cuda" in steps[f"the contract of both operations, backend {backend}"].command
+        assert f"small-{backend}" in steps[f"compute-sanitizer memcheck, backend {backend}"].command
+        assert f"small-{backend}" in hardware.PARTS
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
@@ -262,16 +283,25 @@ def test_the_sdpa_rival_is_the_definition(operation):
     assert gpu_cases.error(got, want) < 1e-12
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-@pytest.mark.parametrize("mode", ["forward", "forward + backward"])
-def test_a_measurement(operation, mode, monkeypatch):
-    """With PyTorch's operators for the kernels, and calls for replays of graphs."""
-    monkeypatch.setattr(gpu_cases, "OURS", "torch")
+@pytest.fixture
+def no_graphs(monkeypatch):
+    """Calls for replays of graphs, each of a second."""
     monkeypatch.setattr(gpu_cases, "ROUNDS", 2)
     monkeypatch.setattr(gpu_timing, "capture", lambda function: function)
     monkeypatch.setattr(gpu_timing, "seconds", lambda replay, prepare: float(replay() is not None))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("mode", ["forward", "forward + backward"])
+def test_a_measurement(operation, mode, monkeypatch, no_graphs):
+    """With the definition for one backend; the other one cannot run."""
+    monkeypatch.setattr(gpu_cases, "OURS", ("reference", "cuda"))
     case = small(operation, mode)
-    result = gpu_cases.measure(case, 1e9, lambda: None, "cpu")
+    results = gpu_cases.measure(case, 1e9, lambda: None, "cpu")
+    assert list(results) == ["reference", "cuda"]
+    assert results["cuda"]["failed"].startswith("RuntimeError: ")
+    assert hardware.words(results["cuda"]).startswith("FAILED: RuntimeError")
+    result = results["reference"]
     tensors, grads = gpu_cases.draw(case, "cpu")
     inputs, outputs = (
         sum(x.nbytes for x in y) for y in (tensors, operation.run(tensors, case.size, "reference"))
@@ -279,20 +309,60 @@ def test_a_measurement(operation, mode, monkeypatch):
     once = inputs + outputs if mode == "forward" else 3 * inputs + 2 * outputs
     assert result["bytes"] == once
     assert result["of_floor"] == pytest.approx(1e9 / once)
-    assert result["error"] < 1e-5
+    assert result["error"] < gpu_cases.BOUNDS["fp32"]
     assert set(result["rivals"]) == {"eager", "torch", "SDPA"}
     assert all(rival["ratio"]["median"] == 1 for rival in result["rivals"].values())
     assert len(grads) == (0 if mode == "forward" else len(operation.outputs))
-    json.dumps(result)
+    json.dumps(results)
+
+
+def test_two_backends_are_rivals(monkeypatch, no_graphs):
+    monkeypatch.setattr(gpu_cases, "OURS", ("reference", "cpu"))
+    if why := BACKENDS["cpu"].missing():
+        pytest.skip(why)
+    results = gpu_cases.measure(small(OPERATIONS[0]), 1e9, lambda: None, "cpu")
+    assert list(results["reference"]["rivals"]) == ["cpu", "eager", "torch", "SDPA"]
+    assert list(results["cpu"]["rivals"]) == ["reference", "eager", "torch", "SDPA"]
+
+
+def test_a_rival_that_fails_loses_nothing(monkeypatch, no_graphs):
+    monkeypatch.setattr(gpu_cases, "OURS", ("reference",))
+
+    def capture(function):
+        if function.args[0].func is gpu_cases.with_sdpa:
+            raise MemoryError("no room")
+        return function
+
+    found = gpu_cases.functions(small(OPERATIONS[0]))
+    assert found["SDPA"].func is gpu_cases.with_sdpa
+    monkeypatch.setattr(gpu_timing, "capture", lambda f: capture(f) if hasattr(f.args[0], "func") else f)
+    (result,) = gpu_cases.measure(small(OPERATIONS[0]), 1e9, lambda: None, "cpu").values()
+    assert result["rivals"]["SDPA"] == {"failed": "MemoryError: no room"}
+    assert "eager 1.0" in hardware.words(result)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu_cases, "OURS", "torch")
+    monkeypatch.setattr(gpu_cases, "OURS", ("reference",))
     case = small(OPERATIONS[0])
     monkeypatch.setitem(gpu_cases.BOUNDS, case.dtype, 1e-30)
-    result = gpu_cases.measure(case, 1e9, lambda: None, "cpu")
+    result = gpu_cases.measure(case, 1e9, lambda: None, "cpu")["reference"]
     assert "seconds" not in result
     assert hardware.words(result).startswith("WRONG")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_attention_kernel_is_found_in_a_trace(backward):
+    names = ("attend", "attend_backward")
+    cuda = [
+        f"void crossvit::(anonymous namespace)::{n}_kernel<(crossvit::Product)0, true>(Call)" for n in names
+    ]
+    others = ("absorb", "memset", "void add_attention_sums_kernel(Call)")
+    pattern = gpu_cases.attention_kernel(backward)
+    for found in (names, cuda):
+        events = [(name, 10.0 * i) for i, name in enumerate((*found, *others), 1)]
+        assert gpu_timing.seconds_of(events, pattern, 1) == pytest.approx([2e-5 if backward else 1e-5])
+    with pytest.raises(RuntimeError, match=r"0 kernels .* instead of 1"):
+        gpu_timing.seconds_of([("absorb", 1.0)], pattern, 1)
 
 
 def test_the_bytes_of_the_attention_kernel():
@@ -329,3 +399,56 @@ def test_another_size_of_a_case_differs_in_the_batch_alone():
     case = CASES[0]
     assert replace(case.size, batch=1) == case.subject.size
     assert case.size.batch == 256
+
+
+# Which backend comes first
+
+
+def results_of(seconds: dict[tuple[str, int, str], float]) -> dict:
+    """A results file of a GPU where (mode, batch, backend) took so long, at every size and in bf16 alone."""
+    entries = {
+        of_backend(case.name, backend): {"seconds": {"median": seconds[case.mode, case.batch, backend]}}
+        for case in CASES
+        for backend in OURS
+        if case.dtype == "bf16" and (case.mode, case.batch, backend) in seconds
+    }
+    return {"runs": {"one": {"capability": "9.0"}}, "entries": entries}
+
+
+def test_what_was_faster_comes_first():
+    forward = {(1, "cuda"): 1.0, (1, "triton"): 2.0, (8, "cuda"): 1.0, (8, "triton"): 2.0}
+    forward |= {(64, "cuda"): 3.0, (64, "triton"): 2.0, (256, "cuda"): 4.0, (256, "triton"): 3.0}
+    seconds = {("forward", *k): v for k, v in forward.items()}
+    # Backward triton is faster at every batch, but together with forward it is not.
+    seconds |= {("forward + backward", *k): v + (5.5 if k[1] == "cuda" else 5.0) for k, v in forward.items()}
+    del seconds["forward", 8, "cuda"]
+    found = preference.preferences(results_of(seconds))
+    cuda, triton = ("cuda", "triton"), ("triton", "cuda")
+    for operation in ("cross_attention", "cross_fusion"):
+        assert found.pop(("sm_90", operation, False, torch.bfloat16)) == ((1, cuda), (256, triton))
+        assert found.pop(("sm_90", operation, True, torch.bfloat16)) == ((256, triton),)
+    assert found == {}
+    assert preference.preferences(results_of({})) == {}
+
+
+def test_the_order_is_written_into_the_package(tmp_path, monkeypatch, capsys):
+    table, results = tmp_path / "gpu_preference.py", tmp_path / "gpu.json"
+    table.write_text(preference.TABLE.read_text())
+    monkeypatch.setattr(preference, "TABLE", table)
+    results.write_text(json.dumps(results_of({})))
+    assert preference.main([str(results)]) == 2
+    assert table.read_text() == gpu_preference_source()
+    seconds = {(m, 64, b): 1.0 + (b == "cuda") for m in ("forward", "forward + backward") for b in OURS}
+    results.write_text(json.dumps(results_of(seconds)))
+    assert preference.main([str(results)]) == 0
+    assert "cross_fusion forward bfloat16 ((64, ('triton', 'cuda')),)" in capsys.readouterr().out
+    scope: dict = {"__package__": "crossvit_kernels.cross_attention", "__name__": "measured"}
+    exec(compile(table.read_text(), table, "exec"), scope)
+    assert scope["preferred"]("sm_90", 132, "cross_fusion", False, 1, torch.bfloat16) == ("triton", "cuda")
+    assert scope["preferred"]("sm_80", 132, "cross_fusion", False, 1, torch.bfloat16) == ("cuda", "triton")
+    tune_triton.write({}, table)
+    assert table.read_text() == gpu_preference_source()
+
+
+def gpu_preference_source() -> str:
+    return Path(preference.gpu_preference.__file__).read_text()
