@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,17 +110,13 @@ class Case:
 
 
 @dataclass
-class Loop:
-    """Instructions between a label and the last branch back to it, inner loops included."""
-
-    start: int
-    end: int
-    opcodes: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
 class Resources:
-    """What a compiled kernel takes: registers and stack bytes of a thread, shared bytes of a block."""
+    """What a compiled kernel takes: registers and stack bytes of a thread, shared bytes of a block.
+
+    Attributes:
+        kernel: its name, the same in all backends.
+        instance: that of the C++ template's instance; empty for Triton's.
+    """
 
     kernel: str
     architecture: str
@@ -130,7 +126,7 @@ class Resources:
     shared: int
     warps: int
     opcodes: Counter[str]
-    loops: list[Loop]
+    instance: str = ""
 
     @property
     def local(self) -> int:
@@ -160,7 +156,7 @@ class Resources:
 
 
 TENSOR = r"[HIQ]G?MMA|UTC\w*MMA|v_mfma|v_smfmac"
-WIDE = r"(LDG|STG|LDGSTS)\b.*\.128|UTMALDG|(global|buffer)_(load|store)_(lds_)?dwordx4"
+WIDE = r"(LDG|STG|LDGSTS)\b.*\.128|UTMALDG|UBLKCP|(global|buffer)_(load|store)_(lds_)?dwordx4"
 
 
 def count(opcodes: Counter[str], pattern: str) -> int:
@@ -170,21 +166,25 @@ def count(opcodes: Counter[str], pattern: str) -> int:
 
 def cuobjdump() -> Path | None:
     """Triton's own, which reads what Triton's ptxas writes."""
-    import triton
+    return triton_tool("cuobjdump")
 
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def triton_tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit that comes with Triton; None where it, or Triton, is missing."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return path if path.is_file() else None
 
 
-def _dump(cubin: bytes, option: str) -> str:
-    tool = cuobjdump()
+def dump(cubin: Path, option: str, program: str = "cuobjdump") -> str:
+    """What cuobjdump, or nvdisasm, prints."""
+    tool = triton_tool(program)
     if tool is None:
-        raise RuntimeError("this Triton has no cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
-    return run.stdout
+        raise RuntimeError(f"this Triton has no {program}")
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def parse_resource_usage(text: str) -> tuple[int, int]:
@@ -195,23 +195,12 @@ def parse_resource_usage(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)[^;]*;", re.M)
 
 
-def parse_sass(text: str) -> tuple[Counter[str], list[Loop]]:
-    """Opcodes with their modifiers, and the loops in the order of the code."""
-    found = [(int(at, 16), opcode, rest) for at, opcode, rest in _SASS.findall(text)]
-    opcodes = Counter(opcode for _, opcode, _ in found if opcode != "NOP")
-    ends: dict[int, int] = {}
-    for at, opcode, rest in found:
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest.strip())
-        if opcode.split(".")[0] == "BRA" and target and int(target[1], 16) < at:
-            start = int(target[1], 16)
-            ends[start] = max(ends.get(start, 0), at)
-    loops = [Loop(start, end) for start, end in sorted(ends.items())]
-    for loop in loops:
-        loop.opcodes = Counter(opcode for at, opcode, _ in found if loop.start <= at <= loop.end)
-    return opcodes, loops
+def parse_sass(text: str) -> Counter[str]:
+    """Opcodes with their modifiers."""
+    return Counter(opcode for opcode in _SASS.findall(text) if opcode != "NOP")
 
 
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+_\w+)", re.M)
@@ -304,13 +293,22 @@ def _weights(width: int, own: int | None, dtype: torch.dtype, norm_dtype: torch.
     return (*norm(own), *linear(width, own), *attention, *norm(width), *linear(own, width))
 
 
-def calls(case: Case, batch: int = 2, patches: int | None = None) -> tuple[list[Direction], list[Tensor]]:
-    """The directions of a case and the tokens that they read, as the operators pass them."""
+Patches = tuple[int, ...] | int | None
+
+
+def calls(case: Case, batch: int = 2, patches: Patches = None) -> tuple[list[Direction], list[Tensor]]:
+    """The directions of a case and the tokens that they read, as the operators pass them.
+
+    patches: of each width, or of all.
+    """
     tokens = DTYPES[case.tokens]
     weights = DTYPES[case.weights]
     if patches is None:
         patches = 256 if case.split else 16  # few tokens of few images are read by one program each
-    buffers = [torch.zeros(batch, 1 + patches, width, dtype=tokens) for width in case.widths]
+    if isinstance(patches, int):
+        patches = (patches,) * len(case.widths)
+    of_widths = zip(patches, case.widths, strict=True)
+    buffers = [torch.zeros(batch, 1 + number, width, dtype=tokens) for number, width in of_widths]
     if len(case.widths) == 1:
         width = case.widths[0]
         given = _weights(width, None, weights, tokens)
@@ -323,8 +321,12 @@ def calls(case: Case, batch: int = 2, patches: int | None = None) -> tuple[list[
     return directions, buffers
 
 
-def prepared(case: Case, batch: int = 2, patches: int | None = None) -> Callable[[], None]:
-    """Forward or backward of a case on the default device, through the launcher; nobody reads its results."""
+Forward = list[tuple[Direction, ForwardOutputs]]
+Backward = list[tuple[Direction, Gradients]]
+
+
+def tasks(case: Case, batch: int = 2, patches: Patches = None) -> tuple[Forward, Backward]:
+    """What launchers get of a case, forward and backward, on the default device."""
     directions, buffers = calls(case, batch, patches)
     fuses = len(directions) == 2
     new, incoming = ([torch.zeros_like(x) for x in buffers] for _ in range(2))
@@ -353,6 +355,12 @@ def prepared(case: Case, batch: int = 2, patches: int | None = None) -> Callable
         )
         for d, g, h, c, p, s in zip(directions, incoming, reversed(incoming), cls, copies, saved, strict=True)
     ]
+    return outputs, gradients
+
+
+def prepared(case: Case, batch: int = 2, patches: Patches = None) -> Callable[[], None]:
+    """Forward or backward of a case on the default device, through the launcher; nobody reads its results."""
+    outputs, gradients = tasks(case, batch, patches)
 
     def call() -> None:
         float32 = torch.backends.cuda.matmul
@@ -372,11 +380,12 @@ def resources(kernel: Any, architecture: str, case: Case) -> Resources:
     """Of one compiled kernel."""
     if ARCHITECTURES[architecture].is_amd:
         registers, stack, opcodes = parse_amdgcn(kernel.asm["amdgcn"])
-        loops: list[Loop] = []
     else:
-        cubin = kernel.asm["cubin"]
-        registers, stack = parse_resource_usage(_dump(cubin, "--dump-resource-usage"))
-        opcodes, loops = parse_sass(_dump(cubin, "-sass"))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            registers, stack = parse_resource_usage(dump(Path(file.name), "--dump-resource-usage"))
+            opcodes = parse_sass(dump(Path(file.name), "-sass"))
     return Resources(
         kernel=kernel.metadata.name,
         architecture=architecture,
@@ -386,14 +395,18 @@ def resources(kernel: Any, architecture: str, case: Case) -> Resources:
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         opcodes=opcodes,
-        loops=loops,
     )
 
 
 def compile_case(
-    case: Case, architecture: str, only: str | None = None, config: Configuration | None = None
+    case: Case,
+    architecture: str,
+    only: str | None = None,
+    config: Configuration | None = None,
+    batch: int = 2,
+    patches: Patches = None,
 ) -> list[Resources]:
     """All kernels of a case for an architecture, or those whose names `only` matches."""
     with compiling(architecture, only, config) as kernels:
-        prepared(case)()
+        prepared(case, batch, patches)()
     return [resources(kernel, architecture, case) for kernel in kernels]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -69,6 +70,33 @@ def in_turn(
             if index >= 0:
                 samples[name].append(value)
     return samples
+
+
+def kernel_seconds(
+    function: Callable[[], object], name: str, rounds: int, prepare: Callable[[], object]
+) -> list[float]:
+    """Seconds of each run of the one kernel of `function` whose name a regular expression finds.
+
+    As the GPU's own trace has it: where launches overlap, the wait for the kernel before it is in it.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(_WARM_CALLS):
+        function()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(rounds):
+            prepare()
+            function()
+        torch.cuda.synchronize()
+    return seconds_of(((event.name, event.time_range.elapsed_us()) for event in trace.events()), name, rounds)
+
+
+def seconds_of(events: Iterable[tuple[str, float]], name: str, rounds: int) -> list[float]:
+    """Those that a regular expression finds among (name, microseconds); there must be as many as rounds."""
+    found = [microseconds * 1e-6 for kernel, microseconds in events if re.search(name, kernel)]
+    if len(found) != rounds:
+        raise RuntimeError(f"the trace has {len(found)} kernels {name} instead of {rounds}")
+    return found
 
 
 def copy_bandwidth(rounds: int = 15) -> float:

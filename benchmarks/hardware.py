@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from multiprocessing import get_context
@@ -32,7 +33,19 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_timing
-from benchmarks.gpu_cases import CASES, DTYPES, OURS, TARGETS, Case, Subject, call, draw, functions, measure
+from benchmarks.gpu_cases import (
+    CASES,
+    DTYPES,
+    OURS,
+    TARGETS,
+    Case,
+    Subject,
+    call,
+    draw,
+    functions,
+    measure,
+    of_backend,
+)
 from crossvit_kernels import native
 from crossvit_kernels.check import check_all
 from tests.operations import OPERATIONS, Size
@@ -51,9 +64,9 @@ MEASURING = 150.0  # of them are kept for the measurements
 
 def compile_kernels() -> None:
     """Fills Triton's cache on disk on all cores, for the parts that follow."""
-    cases = [case for case in CASES if case.trains and case.batch != 32 and not case.subject.kernel_alone]
+    cases = [case for case in CASES if case.trains and not case.subject.kernel_alone]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        jobs = [pool.submit(_check), *(pool.submit(run_once, case) for case in (*_small(), *cases))]
+        jobs = [pool.submit(_check), *(pool.submit(run_once, case, "triton") for case in (*_small(), *cases))]
         for job in jobs:
             job.result()
 
@@ -62,8 +75,8 @@ def _check() -> None:
     list(check_all())
 
 
-def run_once(case: Case) -> None:
-    call(functions(case)["ours"], *draw(case, "cuda"))
+def run_once(case: Case, backend: str) -> None:
+    call(functions(case)[backend], *draw(case, "cuda"))
     torch.cuda.synchronize()
 
 
@@ -74,10 +87,10 @@ def _small() -> list[Case]:
     ]
 
 
-def run_small() -> None:
+def run_small(backend: str) -> None:
     """Both operations forward and backward, small enough for a checker of every memory access."""
     for case in _small():
-        run_once(case)
+        run_once(case, backend)
 
 
 def measure_all() -> None:
@@ -91,13 +104,20 @@ def measure_all() -> None:
     cold = gpu_timing.ColdCache()
     for case in CASES:
         try:
-            report(case.name, measure(case, bandwidth, cold))
+            results = measure(case, bandwidth, cold)
         except Exception as reason:
-            report(case.name, {"failed": f"{type(reason).__name__}: {reason}"[:300]})
+            failed = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+            results = {backend: failed for backend in OURS}
+        for backend, result in results.items():
+            report(of_backend(case.name, backend), result)
         torch.cuda.empty_cache()
 
 
-PARTS = {"compile": compile_kernels, "small": run_small, "measure": measure_all}
+PARTS: dict[str, Callable[[], None]] = {
+    "compile": compile_kernels,
+    **{f"small-{backend}": partial(run_small, backend) for backend in OURS},
+    "measure": measure_all,
+}
 
 
 # Running parts under a budget of time
@@ -232,17 +252,25 @@ def _steps() -> list[Step]:
         ),
         *(
             Step(
-                f"compute-sanitizer {tool}", (*sanitizer, tool, *part, "small"), 45, (sanitizer[0],), no_cache
+                of_backend(f"compute-sanitizer {tool}", backend),
+                (*sanitizer, tool, *part, f"small-{backend}"),
+                30,
+                (sanitizer[0],),
+                no_cache,
             )
+            for backend in OURS
             for tool in ("memcheck", "racecheck")
         ),
         # The longest comes last: it may take what is left.
-        Step(
-            "the contract of both operations, backend triton",
-            (*pytest, *workers, *contract, "-k", "triton-cuda"),
-            240,
-            ("pytest", "timm", "onnxruntime"),
-            on_device,
+        *(
+            Step(
+                of_backend("the contract of both operations", backend),
+                (*pytest, *workers, *contract, "-k", f"{backend}-cuda"),
+                limit,
+                ("pytest", "timm", "onnxruntime"),
+                on_device,
+            )
+            for backend, limit in zip(OURS, (90, 240), strict=True)
         ),
     ]
 
@@ -317,7 +345,7 @@ def checks(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
         found = re.match(r"\s*(ok|FAIL)\s+(\w+), (?:(\w+) on cuda|native CUDA): (.*)", line)
         if found:
             word = "passed" if found[1] == "ok" else "FAILED"
-            name = f"{found[2]}, backend {found[3]}" if found[3] else f"{found[2]} (CUDA C++)"
+            name = of_backend(found[2], found[3]) if found[3] else f"{found[2]} (CUDA C++)"
             yield name, f"{word}: {found[4]}"
 
 
@@ -336,14 +364,14 @@ def words(entry: Mapping[str, Any]) -> str:
 
 def rows() -> list[str]:
     """Every row that this command can fill, in the order of the ledger."""
-    checked = [f"{o.name}, backend {b}" for o in OPERATIONS for b in (OURS, "torch", "reference")]
+    checked = [of_backend(o.name, b) for o in OPERATIONS for b in (*OURS, "torch", "reference")]
     steps = [step.row for step in _steps()]
     return [
         "layer_norm_statistics (CUDA C++)",
         *checked,
         *steps,
         "copy from device to device",
-        *(case.name for case in CASES if case.listed),
+        *(of_backend(case.name, backend) for case in CASES if case.listed for backend in OURS),
     ]
 
 
@@ -416,7 +444,7 @@ def build(report: Report) -> None:
     """The CUDA kernels of the native module, in place, where they are not there and can be."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     needs = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
-    if native.load_error() is None and native.has_cuda():
+    if native.cuda_missing() is None:
         report.say("native module: already there, with CUDA")
     elif nvcc is None or needs:
         report.say(f"native module: not built: {', '.join(needs) or 'nvcc'} not found")
@@ -456,7 +484,7 @@ def run_steps(report: Report) -> bool:
 
 def run_measurements(report: Report) -> bool:
     """Whether none failed and no result was wrong; prints which targets are met."""
-    listed, found = {c.name for c in CASES if c.listed}, {}
+    listed, found = {of_backend(c.name, backend) for c in CASES if c.listed for backend in OURS}, {}
 
     def on_line(line: str) -> None:
         if not line.startswith('{"name"'):
@@ -472,7 +500,7 @@ def run_measurements(report: Report) -> bool:
     command = (sys.executable, "-m", "benchmarks.hardware", "--part", "measure")
     outcome = run(command, report.budget.grant(SECONDS), on_line)
     if outcome.stopped:
-        report.say(f"measurements: out of time, {len(found) - 1} of {len(CASES)} done")
+        report.say(f"measurements: out of time, {len(found) - 1} of {len(CASES) * len(OURS)} done")
     elif outcome.code:
         report.say("measurements: FAILED\n" + "\n".join(outcome.lines[-25:]))
     for target in TARGETS:

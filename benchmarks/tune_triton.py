@@ -13,8 +13,9 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -47,9 +48,9 @@ def key(case: Case, architecture: str) -> Key:
     return architecture, case.backward, operands, max(case.widths), case.heads
 
 
-def rewritten(source: str, measured: dict[Key, Configuration]) -> str:
-    """The text of triton_table.py with these entries in place of its own."""
-    entries = "".join(f"    {k!r}: {v!r},\n" for k, v in sorted(measured.items()))
+def rewritten(source: str, measured: Mapping[Any, Any]) -> str:
+    """The text of a table, such as triton_table.py, with these entries in place of its own."""
+    entries = "".join(f"    {k!r}: {v!r},\n" for k, v in sorted(measured.items(), key=repr))
     body = f"{{\n{entries}}}" if entries else "{}"
     pattern = r"(?m)^(_MEASURED: [^\n]* = )\{[^}]*\}"
     text, count = re.subn(pattern, lambda found: found[1] + body, source, count=1)
@@ -58,7 +59,7 @@ def rewritten(source: str, measured: dict[Key, Configuration]) -> str:
     return text
 
 
-def write(measured: dict[Key, Configuration], path: Path = TABLE) -> None:
+def write(measured: Mapping[Any, Any], path: Path = TABLE) -> None:
     """Rewrites the table: a temporary file beside it first, so that an interrupted run leaves the old one."""
     part = path.with_suffix(".py.part")
     part.write_text(rewritten(path.read_text(), measured))

@@ -465,7 +465,7 @@ LINES = """
 
 def test_instructions_of_ptx_have_their_lines():
     assert executed.instruction_lines(PTX, "kernel") == [9, 11, 11, 12, 16, 22, 24]
-    assert executed.instruction_lines(PTX, "other") == [28]
+    assert executed.instruction_lines(PTX, "other") == [29]
 
 
 def test_instructions_of_the_machine_have_their_lines():
