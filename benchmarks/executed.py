@@ -113,7 +113,7 @@ def counting() -> Iterator[dict[str, list[np.ndarray]]]:
             self.places = {id(x): place for place, x in enumerate(self.kernel.code)}
             self.counts = np.zeros((len(self.kernel.code), self.n // 32), np.int64)
             found.setdefault(self.kernel.name, []).append(self.counts)
-        step = make(self, instruction)
+        step: Any = make(self, instruction)
         step.counts = self.counts[self.places[id(instruction)]]
         return step
 

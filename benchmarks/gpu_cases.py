@@ -222,9 +222,10 @@ def measure(
         right = {name for name in OURS if results[name].get("error", float("nan")) < BOUNDS[case.dtype]}
         if not right:
             return results
-        replays, reasons = {}, {}
+        replays: dict[str, Callable[[], object]] = {}
+        reasons: dict[str, Result] = {name: {} for name in calls if name not in OURS}
         for name in [name for name in calls if name not in OURS or name in right]:
-            with _failing(results.get(name, reasons.setdefault(name, {}))):
+            with _failing({**results, **reasons}[name]):
                 replays[name] = gpu_timing.capture(calls[name])
         samples = gpu_timing.in_turn(replays, ROUNDS, lambda replay: gpu_timing.seconds(replay, cold))
         for result in results.values():

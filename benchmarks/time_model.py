@@ -235,10 +235,10 @@ No kernel was timed for this: these are limits computed by `python -m benchmarks
 crossvit_18, bf16, both directions of one fusion. The longest of these binds: bytes from and to memory, FLOPs
 on tensor cores, exponentials, and, for the kernels over the tokens and for a batch of one, the instructions
 that are executed, counted without a GPU (benchmarks/executed.py), and their shared memory traffic. Assumed: a
-launch and its first trips to memory take {START:g} us, {OVERLAPPED_START:g} us where launches overlap
-(cuda from compute capability 9.0 on); a warp issues every {CYCLES_BETWEEN:g} cycles. What a B200
-executes was counted in the code for an H100. Left out: conflicts of banks, and
-weights that are read again and again from the L2 cache.
+launch and its first trips to memory take {START:g} us, {OVERLAPPED_START:g} us where launches overlap (cuda
+from compute capability 9.0 on); a warp issues every {CYCLES_BETWEEN:g} cycles. What a B200 executes was
+counted in the code for an H100. Left out: conflicts of banks, and weights that are read again and again from
+the L2 cache.
 
 Aims on an H200 at a batch of 256: attention within 1.5 times the time of 45 MB forward and 135 MB backward a
 direction, 31 and 94 us for both; all of forward, and all of backward, 36 us for both. At a batch of 1: a

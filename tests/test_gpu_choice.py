@@ -18,7 +18,6 @@ from torch import Tensor
 from crossvit_kernels import validate, validation
 from crossvit_kernels.backends import BACKENDS
 from crossvit_kernels.cross_attention import gpu_preference, native
-from crossvit_kernels.cross_attention.gpu import Gpu
 from crossvit_kernels.cross_attention.gpu_preference import preferred
 from tests.contract import GPU_BACKENDS, needs_module, results
 from tests.operations import OPERATIONS, CrossAttention, CrossFusion, Size, leaves, relative_error
@@ -70,9 +69,15 @@ def engines() -> Iterator[SimpleNamespace]:
         return getattr(made_up, name, native)
 
     op, op_of_fusion = (sys.modules[f"crossvit_kernels.{x.name}.op"] for x in OPERATIONS)
+    cuda_first = {
+        ("sm_90", operation.name, backward, torch.float32): ((SIZE.batch, ("cuda", "triton")),)
+        for operation in OPERATIONS
+        for backward in (False, True)
+    }
     validation.forget()
     with (
         mock.patch.dict(BACKENDS, here),
+        mock.patch.dict(gpu_preference._MEASURED, cuda_first),
         mock.patch.object(op, "engine", engine),
         mock.patch.object(op_of_fusion, "engine", engine),
     ):
@@ -96,20 +101,20 @@ def run(operation: CrossAttention | CrossFusion, backend: str = "auto") -> list[
     return got
 
 
-def fewer_multiprocessors_than_images() -> Any:
-    return mock.patch.object(gpu_preference, "gpu_of", return_value=Gpu(90, 1, 0))
+def nothing_measured() -> Any:
+    return mock.patch.dict(gpu_preference._MEASURED, clear=True)
 
 
 BOTH = {"forward", "backward"}
 
 
 @operations
-def test_a_small_batch_and_a_large_one(operation, engines, caplog):
+def test_the_one_that_comes_first_is_taken(operation, engines, caplog):
     run(operation)
     assert engines.cuda.took == BOTH
     assert not engines.triton.calls, "what is not taken is not tried"
     engines.cuda.calls.clear()
-    with fewer_multiprocessors_than_images():
+    with nothing_measured():
         run(operation)
     assert engines.triton.took == BOTH
     assert not engines.cuda.calls
@@ -181,7 +186,7 @@ def test_within_torch_compile(operation, engines):
     torch.autograd.grad(sum(y.sum() for y in function(*tensors)), tensors)
     assert engines.cuda.took == BOTH
     engines.cuda.calls.clear()
-    with fewer_multiprocessors_than_images():
+    with nothing_measured():
         torch.autograd.grad(sum(y.sum() for y in function(*tensors)), tensors)
     assert engines.triton.took == BOTH
 
@@ -208,10 +213,9 @@ def test_validate_where_there_is_none():
 
 def test_what_was_measured_goes_before_the_rule(monkeypatch):
     kind = ("cross_fusion", False)
-    assert preferred("sm_90", 132, *kind, 65, torch.float32) == ("cuda", "triton")
-    assert preferred("sm_90", 132, *kind, 66, torch.float32) == ("triton", "cuda")
+    assert preferred("sm_90", *kind, 65, torch.float32) == ("triton", "cuda")
     rows = ((1, ("triton",)), (32, ("cuda", "triton")), (256, ("cuda",)))
     monkeypatch.setitem(gpu_preference._MEASURED, ("sm_90", *kind, torch.float32), rows)
-    found = [preferred("sm_90", 132, *kind, batch, torch.float32) for batch in (1, 2, 32, 33, 1000)]
+    found = [preferred("sm_90", *kind, batch, torch.float32) for batch in (1, 2, 32, 33, 1000)]
     assert found == [("triton",), ("cuda", "triton"), ("cuda", "triton"), ("cuda",), ("cuda",)]
-    assert preferred("sm_80", 132, *kind, 1, torch.float32) == ("cuda", "triton")
+    assert preferred("sm_80", *kind, 1, torch.float32) == ("triton", "cuda")

@@ -52,18 +52,21 @@ struct Layout {
         for (int64_t i = 0; i < count; ++i) floats += of_direction(directions[i], backward);
     }
 
-    // As many stages as leave room for two blocks of a multiprocessor; else as many as fit; else one, and
-    // incoming gradients are not brought to shared memory.
+    // As many stages as leave room for two blocks of a multiprocessor, if need be without the incoming
+    // gradients in shared memory; else as many as fit one block.
     void choose_stages(const Direction* directions, int64_t count, bool backward, const Gpu& gpu) {
-        for (const int64_t blocks : {2, 1})
-            for (stages = kStages; stages >= (blocks == 2 ? 2 : 1); --stages) {
-                brings_incoming = backward;
+        struct Choice {
+            int64_t blocks, least_stages;
+            bool brings_incoming;
+        };
+        for (const Choice choice :
+             {Choice{2, 2, true}, Choice{2, 2, false}, Choice{1, 1, true}, Choice{1, 1, false}})
+            for (stages = kStages; stages >= choice.least_stages; --stages) {
+                brings_incoming = backward && choice.brings_incoming;
                 shared = shared_with(directions, count, backward);
-                if (blocks * (shared + kReserved) <= gpu.shared_of_block + kReserved) return;
+                if (choice.blocks * (shared + kReserved) <= gpu.shared_of_block + kReserved) return;
             }
         stages = 1;
-        brings_incoming = false;
-        shared = shared_with(directions, count, backward);
     }
 
     int64_t shared_with(const Direction* directions, int64_t count, bool backward) const {

@@ -286,10 +286,11 @@ class TileLoader {
 __device__ inline void store_rows(const TokenRows& to, int64_t n, const char* tile, int stride, int rows,
                                   const Place& place) {
     if (to.wide)
-        place.chunks(rows, to.size, [&](int row, int byte) {
-            *reinterpret_cast<uint4*>(to.row(n + row) + byte) =
-                *reinterpret_cast<const uint4*>(tile + row * stride + byte);
-        });
+        place.chunks(rows, to.size,
+                     [&, first = to.row(n), step = to.row_stride * to.size](int row, int byte) {
+                         *reinterpret_cast<uint4*>(first + row * step + byte) =
+                             *reinterpret_cast<const uint4*>(tile + row * stride + byte);
+                     });
     else
         place.elements(rows, [&](int row, int c) {
             move_element(to.at(n + row, c), tile + row * stride + c * to.size, to.size);
@@ -346,30 +347,53 @@ __device__ void for_pairs(const Place& place, F f) {
     }
 }
 
-// Leaves the moments of the warp's slice for all warps. Channels behind the last are zero and do not count.
+// 16 bytes of a row.
+template <typename T>
+__device__ void load_wide(const char* at, float (&x)[16 / sizeof(T)]) {
+    const uint4 all = *reinterpret_cast<const uint4*>(at);
+    const uint32_t words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+            x[i] = __uint_as_float(words[i]);
+        } else {
+            const float2 pair = load_pair<T>(reinterpret_cast<const char*>(&words[i]));
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
+}
+
+// Leaves the moments of the warp's slice for all warps. A row belongs to two lanes, which take 16 bytes in
+// turn; channels behind the last are zero and do not count.
 template <typename T>
 __device__ void leave_moments(const char* tile, int stride, const Place& place, float2* moments) {
-    const char* rows[2] = {tile + place.g * stride, tile + (place.g + 8) * stride};
-    const int end = place.first + place.channels;
-    float sums[2] = {}, squares[2] = {}, means[2];
-    for_pairs(place, [&](int half, int c) {
-        const float2 x = load_pair<T>(rows[half] + c * static_cast<int>(sizeof(T)));
-        sums[half] += x.x + x.y;
-    });
+    constexpr int kEach = 16 / sizeof(T);
+    const int row = place.lane % kTokens, begin = place.lane / kTokens * kEach;
+    const char* data = tile + row * stride + place.first * static_cast<int>(sizeof(T));
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll 2
+    for (int c = begin; c < place.channels; c += 2 * kEach) {
+        float x[kEach];
+        load_wide<T>(data + c * static_cast<int>(sizeof(T)), x);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-        means[half] = quad_sum(sums[half]) / static_cast<float>(max(place.channels, 1));
-    for_pairs(place, [&](int half, int c) {
-        const float2 x = load_pair<T>(rows[half] + c * static_cast<int>(sizeof(T)));
-        const float a = c < end ? x.x - means[half] : 0.0f, b = c + 1 < end ? x.y - means[half] : 0.0f;
-        squares[half] = fmaf(a, a, fmaf(b, b, squares[half]));
-    });
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float found = quad_sum(squares[half]);
-        if (place.t == 0)
-            moments[place.warp * kTokens + place.g + 8 * half] = make_float2(means[half], found);
+        for (int i = 0; i < kEach; i += 2) sum += x[i] + x[i + 1];
     }
+    const float mean =
+        (sum + __shfl_xor_sync(kAll, sum, kTokens)) / static_cast<float>(max(place.channels, 1));
+#pragma unroll 2
+    for (int c = begin; c < place.channels; c += 2 * kEach) {
+        float x[kEach];
+        load_wide<T>(data + c * static_cast<int>(sizeof(T)), x);
+        const bool whole = c + kEach <= place.channels;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const float centred = whole || c + i < place.channels ? x[i] - mean : 0.0f;
+            squares = fmaf(centred, centred, squares);
+        }
+    }
+    squares += __shfl_xor_sync(kAll, squares, kTokens);
+    if (place.lane < kTokens) moments[place.warp * kTokens + row] = make_float2(mean, squares);
 }
 
 __device__ inline void leave_moments(const char* tile, int stride, Dtype dtype, const Place& place,
