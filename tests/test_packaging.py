@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -112,7 +113,12 @@ def test_isolated_wheel_for_every_python(python, source, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on PATH to compile CUDA with")
 def test_cuda_for_the_default_targets_and_for_others(source, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     wheel, report = build_wheel(sys.executable, source, tmp_path / "default")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 2 * 180, "more than three minutes on two cores"
+    assert after.ru_maxrss * 1024 < 2 * 2**30, "two compilers at a time do not fit into 4 GiB"
     if not shutil.which("nvidia-smi"):
         assert report["cuda"]["targets"] == ["sm_80", "sm_90a", "compute_90"]
     # The runtime is linked statically: nothing of CUDA is needed to load the module.
