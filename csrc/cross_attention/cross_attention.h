@@ -1,5 +1,5 @@
-// Single-query cross-attention and the fusion around it, forward and backward: what is computed, and from what.
-// cpu.cpp computes it on the CPU; cuda.h has what GPUs need beside it.
+// Single-query cross-attention and the fusion around it, forward and backward: what is computed, and from
+// what. cpu.cpp computes it on the CPU; cuda.h has what GPUs need beside it.
 //
 // The function, per image and head h, with x^ the normalised tokens of [c || patches]
 // (docs/cross_attention.md derives it):
@@ -81,8 +81,8 @@ struct Direction {
     float* scale_gradient;  // [B, C]
     Parameters gradients;
 
-    // CUDA alone: room for intermediates, as cuda_buffers.cuh lays it out. `parts` is null where the tokens of
-    // an image are not split.
+    // CUDA alone: room for intermediates, as cuda_buffers.cuh lays it out. `parts` is null where the tokens
+    // of an image are not split.
     float* scratch;
     float* parts;
     int64_t splits;
