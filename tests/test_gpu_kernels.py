@@ -292,8 +292,8 @@ def test_inference_mode_and_frozen_weights(backend):
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 DEFECTS = 4  # of each kind, in each of the two kernels over the tokens
-# The share that may be missed. In CUDA all rows and lanes are unrolled, and those of the absent head and of
-# absent channels add zeros: what was missed in five samples was this, a square's sign, or a second barrier.
+# The share that may be missed. In CUDA rows and lanes are unrolled, and those of an absent head or of absent
+# channels add zeros; not all of what was missed has been explained.
 UNNOTICED = {"cuda": 0.5, "triton": 0.25}
 
 
