@@ -141,6 +141,24 @@ def test_everything_at_once(backend):
 
 
 @of_gpu
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_the_gradient_of_one_attention_alone(backend, chosen):
+    """The fusion returns two; the other one has no gradient."""
+
+    def run(of: Subject, x: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (of.run(x, RAGGED, return_attention=True)[2 + chosen],)
+
+    tensors = FUSION.inputs(RAGGED, torch.float32)
+    subject, exact = Subject(FUSION, backend, "sm_90"), Subject(FUSION, "reference")
+    with subject.ready():
+        got = results(partial(run, subject), tensors)
+    want = results(partial(run, exact), [x.double() for x in tensors])
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if i - 1 not in FUSION.zero_gradients:
+            assert relative_error(a, b) < 1e-5, i
+
+
+@of_gpu
 @targets
 @pytest.mark.parametrize(
     "size",

@@ -19,7 +19,7 @@ from . import triton_tokens as attention
 from .directions import Direction, ForwardOutputs, Gradients
 from .gpu import gpu_of, on_device_of, scores_to_attention
 from .operands import Weights
-from .triton_table import Configuration, allows_tf32, configuration
+from .triton_table import Configuration, allows_tf32, configuration, parameters_registers
 
 _STEP_BYTES = 2**15  # of a weight that a program of a head reads in one step
 
@@ -156,6 +156,7 @@ class _Launcher:
         self.pairs: dict[Any, tuple[Any, Any]] = {}
         self.batch = directions[0]["patches"].shape[0]
         self.precision = precision_of_float32() if allows_tf32(architecture) else "ieee"
+        self.registers = parameters_registers(architecture)
 
     def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
         """A kernel of the chain, `programs` of a direction for each `buffers.ROWS` images."""
@@ -185,7 +186,7 @@ class _Launcher:
         """The gradients of the parameters, `jobs` a direction; a program is a tile of the largest."""
         count = len(self.directions)
         tiles = max(self._largest_parameter(d) for d in self.directions)
-        options = self._chain(self.config.block)
+        options = self._chain(self.config.block) | self.registers
         kernel[tiles, jobs * count](
             *self._pair(OfParameters),
             self.batch,

@@ -121,6 +121,15 @@ def head_warps(architecture: str, backward: bool) -> int:
     return 8 if not backward or nearest(architecture) in ("sm_100", "sm_120") else 4
 
 
+def parameters_registers(architecture: str) -> dict[str, int]:
+    """The limit of a thread of `parameters_backward`, as options of its launch; AMD's compiler has none.
+
+    Without one ptxas aims at 48 and keeps a predicate in memory. Shared memory allows three blocks, each
+    thread of which can have 168.
+    """
+    return {} if FAMILIES[nearest(architecture)] == "amd" else {"maxnreg": 128}
+
+
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:
     """The configuration for these directions; the wider one decides, for both are in one launch."""
     architecture = nearest(architecture)

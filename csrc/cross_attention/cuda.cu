@@ -129,10 +129,14 @@ cudaError_t backward(Call& call, const Target& target) {
     const Direction& d = call.item[0];
     const bool fuses = d.parameters.project.weight.data;
     int64_t heads = 0;
-    for (int64_t i = 0; i < call.count; ++i) heads = std::max(heads, call.item[i].heads);
+    bool of_attention = false;  // of one direction, or of both
+    for (int64_t i = 0; i < call.count; ++i) {
+        heads = std::max(heads, call.item[i].heads);
+        of_attention |= call.item[i].grad_attention != nullptr;
+    }
     Sequence steps{call, target};
     steps.then(back_backward, fuses).then(output_backward).then(values_backward);
-    steps.then(add_attention_sums, d.grad_attention);
+    steps.then(add_attention_sums, of_attention);
     for (call.tile = 0; call.tile * kHeads < heads; ++call.tile) steps.then(attend_backward);
     steps.then(absorb_backward).then(query_backward).then(project_backward, fuses);
     steps.then(cls_backward, d.cls_gradient.data).then(parameters_backward, d.gradients.norm_weight.data);

@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
 __global__ void __launch_bounds__(4 * kWarp) add_attention_sums_kernel(const __grid_constant__ Call call) {
     const Direction& d = call.item[blockIdx.y];
     const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / kWarp;
-    if (row >= d.batch * d.heads) return;  // a whole warp leaves together
+    if (!d.grad_attention || row >= d.batch * d.heads) return;  // a whole warp leaves together
     ptx::wait_for_previous_kernel();
     ptx::let_next_kernel_begin();
     const int64_t positions = d.patches + 1;
