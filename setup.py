@@ -34,11 +34,13 @@ REPORT = "_build_report.json"
 DEFAULT_CUDA_TARGETS = ["sm_80", "sm_90a", "compute_90"]
 # Architectures whose `a` form unlocks instructions that the kernels use (wgmma, tcgen05).
 SPECIFIC_ARCHITECTURES = {"90", "100"}
+AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 # Every cpu.cpp is compiled once for each of these that the compiler knows (csrc/common/cpu_isa.h chooses).
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -93,9 +95,9 @@ def openmp_flags(cxx: list[str]) -> list[str]:
 
 
 def instruction_sets(cxx: list[str]) -> dict[str, list[str]]:
-    """All of INSTRUCTION_SETS, or the baseline alone where this compiler or its target lacks one."""
-    known = all(compiles(cxx, flags) for flags in INSTRUCTION_SETS.values())
-    return INSTRUCTION_SETS if known else {"baseline": []}
+    """All of INSTRUCTION_SETS, without the newest for an old compiler; the baseline alone on other machines."""
+    known = {name: flags for name, flags in INSTRUCTION_SETS.items() if compiles(cxx, flags)}
+    return known if "avx512" in known else {"baseline": []}
 
 
 def find_nvcc() -> Path | None:
@@ -183,6 +185,7 @@ def compile_module(
     hidden = ["-fPIC", "-fvisibility=hidden"]
     isas = instruction_sets(cxx)
     defines = [*(["-DCROSSVIT_CUDA"] if nvcc else []), *(["-DCROSSVIT_X86_ISAS"] if len(isas) > 1 else [])]
+    defines += ["-DCROSSVIT_X86_BF16"] if "avx512bf16" in isas else []
     more = shlex.split(os.environ.get("CXXFLAGS", ""))
     # Products may be contracted with sums, which is the compilers' default; nothing else is relaxed.
     cpp = [*cxx, *common, *hidden, *defines, "-Wall", "-Wno-psabi", "-fno-math-errno", *openmp, *more]

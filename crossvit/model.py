@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .encoder import FUSIONS, MultiScaleBlock
+from .frozen import Frozen
 from .fusion import attention_grid
 from .layers import NormLayer, PatchEmbed, init_linear_and_norm, init_weight, resize_position_embedding
 
@@ -107,6 +108,7 @@ class CrossViT(nn.Module):
         self.embed_dim = tuple(embed_dim)
         self.num_features = self.head_hidden_size = sum(embed_dim)
         self.grad_checkpointing = False
+        self._frozen: Frozen | None = None
         # What timm's data helpers read; create_model fills them.
         self.pretrained_cfg: dict[str, Any] = {}
         self.default_cfg: dict[str, Any] = {}
@@ -294,6 +296,52 @@ class CrossViT(nn.Module):
             return checkpoint(encoder, tokens, use_reentrant=False)
         return encoder(tokens) if attention_maps is None else encoder(tokens, attention_maps)
 
+    def freeze(self, dtype: torch.dtype | None = None, check: bool = True) -> CrossViT:
+        """Pack the weights for inference on the CPU; `forward` is then one call into compiled code.
+
+        The model is put into eval mode, keeps its parameters, and gives logits without a gradient. Autocast is
+        ignored: `dtype` says it all. Methods other than `forward` run as before. Hooks that are registered on
+        submodules later are not called.
+
+        Args:
+            dtype: what matrices are multiplied in, torch.float32 or torch.bfloat16, tokens stay float32; by
+                default bfloat16 for a model in bfloat16, else float32.
+            check: look for changes of the weights before each forward, and pack them again after one. Writes
+                that torch does not count (`p.data.mul_()`, another process) are seen where they meet one of the
+                elements that are compared, the first of every 4 KiB of each parameter and its last. False
+                leaves all of it out: what is frozen then stays as it is.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: `dtype` is another one.
+            RuntimeError: the model cannot be frozen; the message has every reason.
+        """
+        if dtype is None:
+            dtype = next(self.parameters()).dtype
+            dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        self.eval()
+        self._frozen = Frozen(self, dtype, check)
+        return self
+
+    def unfreeze(self) -> CrossViT:
+        """Drop what `freeze` packed. The parameters, which it did not touch, are the model's again."""
+        self._frozen = None
+        return self
+
+    def train(self, mode: bool = True) -> CrossViT:
+        """Training mode; a frozen model has none.
+
+        Raises:
+            RuntimeError: the model is frozen.
+        """
+        if mode and self._frozen is not None:
+            raise RuntimeError("a frozen model cannot be trained: call unfreeze() first")
+        return super().train(mode)
+
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, height, width] -> normalised tokens [B, 1 + P, C] of S and of L."""
         tokens = self._encode(self._embed(x))
@@ -317,6 +365,8 @@ class CrossViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] -> logits [B, num_classes]."""
+        if self._frozen is not None:
+            return self._frozen(self, x)
         if self.global_pool == "avg":
             return self.forward_head(self.forward_features(x))
         # The head reads the CLS rows only, so only those are normalised.

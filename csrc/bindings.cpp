@@ -18,6 +18,8 @@
 #include "cross_attention/cross_attention.h"
 #include "cross_attention/cuda.h"
 #include "layer_norm_statistics/layer_norm_statistics.h"
+#include "program/fingerprint.h"
+#include "program/program.h"
 
 namespace py = pybind11;
 
@@ -103,6 +105,44 @@ void run(const std::vector<py::bytes>& packed, bool backward, uintptr_t scratch,
                                                   pointer<float>(scratch));
 }
 
+// A program as crossvit_kernels/program.py writes it. Python keeps the bytes as long as it runs.
+Program unpacked(const py::bytes& words, int64_t images, int64_t threads) {
+    const std::string_view view = words;
+    const auto count = static_cast<int64_t>(view.size() / sizeof(int64_t));
+    return {reinterpret_cast<const int64_t*>(view.data()), count, images, threads, 0, 0};
+}
+
+// The instruction set, the number of threads and the words of scratch memory that `run_program` is to be
+// given.
+std::tuple<int, int64_t, int64_t> program_plan(const py::bytes& words, int64_t images, int64_t most) {
+    const Program program = unpacked(words, images, 1);
+    const Isa isa = current_isa;
+    const int64_t threads = single_threaded ? 1 : std::max<int64_t>(most, 1);
+    const auto scratch = CROSSVIT_SELECT(isa, program_scratch);
+    return {static_cast<int>(isa), threads, threads * scratch(program)};
+}
+
+void run_program_of(const py::bytes& words, int64_t images, uintptr_t input, uintptr_t output,
+                    uintptr_t scratch, int isa_number, int64_t threads) {
+    Program program = unpacked(words, images, threads);
+    program.input = static_cast<intptr_t>(input);
+    program.output = static_cast<intptr_t>(output);
+    const Isa isa = static_cast<Isa>(isa_number);
+    const auto kernel = CROSSVIT_SELECT(isa, run_program);
+    py::gil_scoped_release nogil;
+    kernel(program, pointer<int32_t>(scratch));
+}
+
+PackedWeight weight_of(uintptr_t weight, int64_t of_row, int64_t dtype, int64_t outputs, int64_t channels,
+                       int64_t precision) {
+    return {pointer<void>(weight),
+            of_row,
+            static_cast<Dtype>(dtype),
+            outputs,
+            channels,
+            static_cast<Precision>(precision)};
+}
+
 #ifdef CROSSVIT_CUDA
 // Floats of memory for intermediates and bytes of shared memory that `cuda_run` needs; the GPU is as struct
 // Gpu has it.
@@ -138,6 +178,7 @@ PYBIND11_MODULE(_native, m) {
     pthread_atfork(nullptr, nullptr, [] { single_threaded = true; });
 #endif
     m.doc() = "Compiled kernels of crossvit_kernels; private, called through crossvit_kernels.native.";
+    m.attr("direction_words") = sizeof(Direction) / sizeof(int64_t);
     m.def("isas", &isas, "Instruction sets that this machine runs, best first.");
     m.def("isa", [] { return std::string(name(current_isa)); }, "The instruction set in use.");
     m.def("use_isa", [](const std::string& wanted) { current_isa = isa_from_name(wanted); });
@@ -146,6 +187,28 @@ PYBIND11_MODULE(_native, m) {
     m.def("cross_attention_plan", &plan, py::arg("directions"), py::arg("backward"), py::arg("most_threads"));
     m.def("cross_attention", &run, py::arg("directions"), py::arg("backward"), py::arg("scratch"),
           py::arg("isa"), py::arg("threads"), py::arg("eps"), py::arg("dropout_p"));
+    m.def("program_plan", &program_plan, py::arg("program"), py::arg("images"), py::arg("most_threads"));
+    m.def("run_program", &run_program_of, py::arg("program"), py::arg("images"), py::arg("input"),
+          py::arg("output"), py::arg("scratch"), py::arg("isa"), py::arg("threads"));
+    m.def(
+        "fingerprint",
+        [](uintptr_t regions, int64_t count) { return fingerprint(pointer<Region>(regions), count); },
+        "Of `count` regions of memory, pairs of address and bytes.", py::arg("regions"), py::arg("count"));
+    m.def("packed_weight_words",
+          [](const std::string& isa_name, int64_t outputs, int64_t channels, int64_t precision) {
+              const Isa isa = isa_from_name(isa_name);
+              const auto words = CROSSVIT_SELECT(isa, packed_weight_words);
+              return words(weight_of(0, 0, 0, outputs, channels, precision));
+          });
+    m.def("pack_weight",
+          [](const std::string& isa_name, uintptr_t weight, int64_t of_row, int64_t dtype, int64_t outputs,
+             int64_t channels, int64_t precision, int64_t threads, uintptr_t out) {
+              const Isa isa = isa_from_name(isa_name);
+              const auto kernel = CROSSVIT_SELECT(isa, pack_weight_words);
+              const PackedWeight packed = weight_of(weight, of_row, dtype, outputs, channels, precision);
+              py::gil_scoped_release nogil;
+              kernel(packed, single_threaded ? 1 : threads, pointer<int32_t>(out));
+          });
     m.def(
         "layer_norm_statistics_cpu",
         [](uintptr_t x, int64_t rows, int64_t columns, int64_t row_stride, float eps, uintptr_t mean,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 
 from .. import native
+from ..program import bits
 from .directions import Direction, ForwardOutputs, Gradients
 from .packing import pack_backward, pack_forward
 
@@ -32,3 +35,13 @@ def _run(packed: list[bytes], backward: bool, eps: float, dropout_p: float) -> N
     isa, threads, floats = module.cross_attention_plan(packed, backward, torch.get_num_threads())
     scratch = torch.empty(floats, dtype=torch.float32)
     module.cross_attention(packed, backward, scratch.data_ptr(), isa, threads, eps, dropout_p)
+
+
+def fusion_step(directions: list[tuple[Direction, ForwardOutputs]], eps: float) -> list[int]:
+    """The words of struct FusionStep: forward of both directions, of the images whose first one they show."""
+    words = [bits(eps)]
+    length = native.load().direction_words
+    for packed in pack_forward(directions):
+        fields = list(struct.unpack(f"{len(packed) // 8}q", packed))
+        words += fields + [0] * (length - len(fields))
+    return words

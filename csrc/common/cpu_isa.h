@@ -12,7 +12,7 @@
 
 namespace crossvit {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512bf16 };
 
 // What this machine and its operating system can run, best first.
 inline std::vector<Isa> supported_isas() {
@@ -20,8 +20,12 @@ inline std::vector<Isa> supported_isas() {
 #ifdef CROSSVIT_X86_ISAS
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+#ifdef CROSSVIT_X86_BF16
+        if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512bf16);
+#endif
         isas.push_back(Isa::avx512);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::avx2);
 #endif
     isas.push_back(Isa::baseline);
@@ -30,6 +34,8 @@ inline std::vector<Isa> supported_isas() {
 
 inline const char* name(Isa isa) {
     switch (isa) {
+        case Isa::avx512bf16:
+            return "avx512bf16";
         case Isa::avx512:
             return "avx512";
         case Isa::avx2:
@@ -53,12 +59,18 @@ inline Isa isa_from_name(const std::string& wanted) {
                                 wanted);
 }
 
-// The copy of a function that was compiled for `isa`: select(isa, baseline::f, avx2::f, avx512::f).
+// The copy of a function that was compiled for `isa`: CROSSVIT_SELECT(isa, f). Compilers older than g++ 10 do
+// not know the newest set.
+#ifdef CROSSVIT_X86_BF16
+#define CROSSVIT_NEWEST(isa, function) (isa) == ::crossvit::Isa::avx512bf16 ? avx512bf16::function:
+#else
+#define CROSSVIT_NEWEST(isa, function)
+#endif
 #ifdef CROSSVIT_X86_ISAS
-#define CROSSVIT_SELECT(isa, function)                   \
-    ((isa) == ::crossvit::Isa::avx512 ? avx512::function \
-     : (isa) == ::crossvit::Isa::avx2 ? avx2::function   \
-                                      : baseline::function)
+#define CROSSVIT_SELECT(isa, function)                                                 \
+    (CROSSVIT_NEWEST(isa, function)(isa) == ::crossvit::Isa::avx512 ? avx512::function \
+     : (isa) == ::crossvit::Isa::avx2                               ? avx2::function   \
+                                                                    : baseline::function)
 #else
 #define CROSSVIT_SELECT(isa, function) ((void)(isa), baseline::function)
 #endif

@@ -46,8 +46,8 @@ inline void store_row(const float* row, int64_t columns, Dtype dtype, void* x, i
 
 // Mean and variance of each of a few rows; together, because one row alone waits for its own sums most of the
 // time. The variance is taken about the mean: E[x^2] - E[x]^2 loses every digit when the mean is large.
-template <int Count>
-CROSSVIT_INLINE void moments_of(const float* rows, int64_t stride, int64_t columns, float* mean,
+template <int Count, class T>
+CROSSVIT_INLINE void moments_of(const T* rows, int64_t stride, int64_t columns, float* mean,
                                 float* variance) {
     constexpr int room = (Count + kLanes - 1) / kLanes * kLanes;
     const int64_t whole = columns / kLanes * kLanes, rest = columns - whole;

@@ -39,16 +39,6 @@ constexpr int64_t kTaskColumns = 48;              // a multiple of kVectors * kL
 constexpr int64_t kMaxTaskRows = 4 * kMaxGroups;  // of `outer`
 static_assert(kTaskColumns % (kVectors * kLanes) == 0, "no remainder inside a layer");
 
-template <class Body>
-CROSSVIT_INLINE void with_type(Dtype dtype, Body body) {
-    if (dtype == Dtype::float32)
-        body(float{});
-    else if (dtype == Dtype::bfloat16)
-        body(BFloat16{});
-    else
-        body(Float16{});
-}
-
 inline void linear(const Team& team, const Layer& layer, int64_t batch, Inputs x, const float* bias,
                    const float* factor, int64_t factor_stride, float* out, int64_t out_stride) {
     const int64_t blocks = (layer.rows + kTaskRows - 1) / kTaskRows;

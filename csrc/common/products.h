@@ -20,8 +20,6 @@ constexpr int kMaxGroups = kManyRegisters ? 7 : 6;
 constexpr int kDotRows = kManyRegisters ? 4 : 2;
 constexpr int kVectors = kManyRegisters ? 3 : 2;
 
-constexpr int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // Sizes of pieces that differ by one at most: n split into the fewest pieces of `most` or less.
 CROSSVIT_INLINE int64_t balanced(int64_t n, int64_t most) {
     const int64_t pieces = (n + most - 1) / most;

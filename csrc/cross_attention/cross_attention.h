@@ -120,5 +120,9 @@ namespace avx512 {
 CrossAttentionScratch cross_attention_scratch;
 CrossAttentionRun cross_attention_forward, cross_attention_backward;
 }  // namespace avx512
+namespace avx512bf16 {
+CrossAttentionScratch cross_attention_scratch;
+CrossAttentionRun cross_attention_forward, cross_attention_backward;
+}  // namespace avx512bf16
 
 }  // namespace crossvit

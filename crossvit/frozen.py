@@ -1,0 +1,462 @@
+"""Frozen inference on a CPU: the whole forward of a model as one program of the compiled module.
+
+Weights are folded and packed once: LayerNorm's into the linear layers behind them, the mean over the two heads
+into the heads. The model keeps its parameters as they are; what was packed is a copy, and each call first looks
+whether it is still the model's (`Watch`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossvit_kernels import native
+from crossvit_kernels.cross_attention.directions import Direction, ForwardOutputs
+from crossvit_kernels.cross_attention.native import fusion_step
+from crossvit_kernels.linear.packed import PackedLinear
+from crossvit_kernels.patch_embed.native import Pixels, Resizing, Windows, copy_step, patch_step
+from crossvit_kernels.program import Activation, Base, Kind, Place, Precision, Program, rows_of, run
+from crossvit_kernels.self_attention.native import attention_step
+
+from .encoder import MultiScaleBlock
+from .fusion import CrossAttention, CrossAttentionBlock, is_plain, is_projection
+from .layers import Attention, Block, DropPath, Mlp, PatchEmbed, resize_position_embedding
+
+if TYPE_CHECKING:
+    from .model import CrossViT
+
+_LOG = logging.getLogger("crossvit")
+_SLICE = 32  # images that are in memory at once
+
+
+def reasons_against(model: CrossViT) -> list[str]:
+    """Why a model cannot be frozen, in words; empty when it can."""
+    reasons = []
+    if native.load_error() is not None:
+        reasons.append(f"the compiled module is not here: {native.load_error()}")
+    if model.global_pool != "token":
+        reasons.append(f"it pools with global_pool={model.global_pool!r}, not 'token'")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        reasons.append("it is not on the CPU")
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        reasons.append(
+            "its parameters are not all float32, bfloat16 or float16: " + ", ".join(map(str, dtypes))
+        )
+    reasons += [f"{name} was replaced or has hooks" for name in _changed(model)]
+    for k, encoder in enumerate(model.blocks):
+        if not isinstance(encoder, MultiScaleBlock) or encoder._weights() is None:
+            reasons.append(f"the fusion of blocks.{k} is not one cross-attention in each direction as built")
+    return reasons
+
+
+_PLAIN = (
+    *(nn.Linear, nn.LayerNorm, nn.GELU, nn.ReLU, nn.Conv2d, nn.Dropout, nn.Identity, nn.Sequential),
+    *(nn.ModuleList, Attention, Mlp, Block, DropPath, PatchEmbed, CrossAttention, CrossAttentionBlock),
+    MultiScaleBlock,
+)
+
+
+def _changed(model: CrossViT) -> Iterator[str]:
+    """Names of the submodules whose own forward has to run."""
+    for name, module in model.named_modules():
+        if module is model:
+            continue
+        if not any(is_plain(module, kind) for kind in _PLAIN):
+            yield name
+        elif isinstance(module, nn.LayerNorm) and module.weight is None:
+            yield name
+        elif isinstance(module, nn.GELU) and module.approximate != "none":
+            yield name
+
+
+class Watch:
+    """Notices that a model is no longer what it was.
+
+    Seen at once: a parameter or module that was replaced, another dtype or device, writes in place (torch
+    counts them). Writes past that count, through `.data` or by another process, are seen where they meet one of
+    the elements that are compared: the first of every 4 KiB of each parameter, and its last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._children = [
+            (module._modules, name, child)
+            for module in model.modules()
+            for name, child in module._modules.items()
+        ]
+        self._parameters = [
+            (module._parameters, name, p)
+            for module in model.modules()
+            for name, p in module._parameters.items()
+        ]
+        found = [p for _, _, p in self._parameters if p is not None]
+        self._state = [_state(p) for p in found]
+        sizes = ((p.data_ptr(), p.nbytes) for p in found if p.is_contiguous())
+        self._regions = torch.tensor(list(sizes), dtype=torch.int64).reshape(-1, 2)
+        self._present = found
+        self._fingerprint = self._read()
+
+    def _read(self) -> int:
+        return native.load().fingerprint(self._regions.data_ptr(), len(self._regions))
+
+    def changed(self) -> bool:
+        """Whether the model was replaced, in part, or written to since."""
+        if any(modules.get(name) is not child for modules, name, child in self._children):
+            return True
+        if any(parameters.get(name) is not p for parameters, name, p in self._parameters):
+            return True
+        if any(_state(p) != was for p, was in zip(self._present, self._state, strict=True)):
+            return True
+        return self._read() != self._fingerprint
+
+
+def _state(p: Tensor) -> tuple[Any, ...]:
+    version = None if p.is_inference() else p._version
+    return p.data_ptr(), version, p.dtype, p.device.type, p.shape
+
+
+@dataclass
+class _Layers:
+    """The packed layers of one transformer block."""
+
+    qkv: PackedLinear
+    proj: PackedLinear
+    fc1: PackedLinear
+    fc2: PackedLinear
+    eps: tuple[float, float]
+    heads: int
+    scale: float
+
+
+class Frozen:
+    """A model's weights, packed, and programs for the images it meets. Callable from several threads.
+
+    Args:
+        dtype: what matrices are multiplied in, float32 or bfloat16; the residual stream is float32.
+        check: whether each call looks for changes of the model.
+    """
+
+    def __init__(self, model: CrossViT, dtype: torch.dtype, check: bool) -> None:
+        self.dtype, self.check = dtype, check
+        self._lock = threading.Lock()
+        self._pack(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "check": self.check}  # a copy packs for itself, when it is called
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._weights: _Weights | None = None
+
+    def _pack(self, model: CrossViT) -> None:
+        reasons = reasons_against(model)
+        if reasons:
+            raise RuntimeError("this model cannot be frozen: " + "; ".join(reasons))
+        self._weights = _Weights(model, self.dtype, self.check)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and of memory for tokens."""
+        with self._lock:
+            return 0 if self._weights is None else self._weights.nbytes
+
+    def __call__(self, model: CrossViT, x: Tensor) -> Tensor:
+        """Images [B, in_chans, height, width] -> logits [B, num_classes], without a gradient."""
+        with self._lock:
+            weights = self._weights
+            if weights is None or weights.isa != native.load().isa() or weights.outdated():
+                if weights is not None:
+                    _LOG.info("the frozen model was changed: its weights are packed again")
+                self._pack(model)
+                weights = cast(_Weights, self._weights)
+        model._check_image(x)
+        return weights.run(model, x.detach())
+
+
+class _Weights:
+    """Everything that is packed of a model, and the programs that use it."""
+
+    def __init__(self, model: CrossViT, dtype: torch.dtype, check: bool) -> None:
+        self.isa = native.load().isa()
+        self.dtype = dtype
+        self.precision = Precision.BFLOAT16 if dtype == torch.bfloat16 else Precision.FLOAT32
+        self.watch = Watch(model) if check else None
+        self.widths = model.embed_dim
+        self.packed: list[PackedLinear] = []
+        self.stems = [self._stem(cast(PatchEmbed, embed)) for embed in model.patch_embed]
+        self.blocks = [[[self._block(block) for block in branch] for branch in encoder.blocks] for encoder in model.blocks]  # type: ignore[union-attr]  # fmt: skip
+        self.fusions = [self._fusion(cast(MultiScaleBlock, encoder)) for encoder in model.blocks]
+        self.classes = model.num_classes
+        self.norms = [(n.weight.detach().clone(), n.bias.detach().clone(), n.eps) for n in model.norm]  # type: ignore[union-attr,operator]  # fmt: skip
+        self.heads = [
+            self._linear(head, norm, scale=0.5, precision=Precision.FLOAT32)
+            for head, norm in zip(model.head, model.norm, strict=True)
+            if self.classes
+        ]
+        self.logits_dtype = next(model.parameters()).dtype
+        self._lock = threading.Lock()
+        self._free: dict[tuple, list[_Instance]] = {}
+
+    def outdated(self) -> bool:
+        return self.watch is not None and self.watch.changed()
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            arenas = sum(i.arena.nbytes for free in self._free.values() for i in free)
+        return arenas + sum(p.nbytes for p in self.packed)
+
+    def _linear(
+        self, layer: Any, norm: Any = None, scale: float = 1.0, precision: Precision | None = None
+    ) -> PackedLinear:
+        folded = (None, None) if norm is None else (norm.weight, norm.bias)
+        packed = PackedLinear(
+            layer.weight.flatten(1),
+            layer.bias,
+            *folded,
+            scale,
+            self.precision if precision is None else precision,
+        )
+        self.packed.append(packed)
+        return packed
+
+    def _block(self, block: Any) -> _Layers:
+        attn, mlp = block.attn, block.mlp
+        return _Layers(
+            qkv=self._linear(attn.qkv, block.norm1),
+            proj=self._linear(attn.proj),
+            fc1=self._linear(mlp.fc1, block.norm2),
+            fc2=self._linear(mlp.fc2),
+            eps=(block.norm1.eps, block.norm2.eps),
+            heads=attn.num_heads,
+            scale=attn.scale,
+        )
+
+    def _stem(self, embed: PatchEmbed) -> list[tuple[PackedLinear, nn.Conv2d]]:
+        """The convolutions of a stem as linear layers; those behind the first read channels last."""
+        proj = embed.proj
+        convolutions = (
+            [m for m in proj if isinstance(m, nn.Conv2d)] if isinstance(proj, nn.Sequential) else [proj]
+        )
+        found = []
+        for i, convolution in enumerate(convolutions):
+            convolution = cast(nn.Conv2d, convolution)
+            weight = convolution.weight.permute(0, 2, 3, 1) if i else convolution.weight
+            packed = PackedLinear(weight.flatten(1), convolution.bias, precision=self.precision)
+            self.packed.append(packed)
+            found.append((packed, convolution))
+        return found
+
+    def _fusion(self, encoder: MultiScaleBlock) -> tuple[list[tuple[Any, ...]], list[int], float]:
+        weights = encoder._weights()
+        assert weights is not None
+        heads = [cast(CrossAttentionBlock, f).attn.num_heads for f in cast(nn.ModuleList, encoder.fusion)]
+        eps = cast(nn.LayerNorm, cast(Any, encoder.fusion)[0].norm1).eps
+
+        def copied(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            dtype = self.dtype if x.ndim == 2 else torch.float32
+            return x.detach().to(dtype, copy=True).contiguous()
+
+        found = [tuple(copied(getattr(w, f.name)) for f in fields(w)) for w in weights]
+        return found, heads, eps
+
+    def run(self, model: CrossViT, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            x = x.float()
+        x = x.contiguous()
+        width = self.classes or sum(self.widths)
+        logits = torch.empty(x.shape[0], width)
+        for first in range(0, x.shape[0], _SLICE):
+            images = x[first : first + _SLICE]
+            instance = self._instance(model, images)
+            instance.run(images, logits[first : first + _SLICE])
+            with self._lock:
+                self._free.setdefault(instance.key, []).append(instance)
+        return logits.to(self.logits_dtype)
+
+    def _instance(self, model: CrossViT, x: Tensor) -> _Instance:
+        threads = torch.get_num_threads()
+        capacity = next(size for size in (1, 2, 4, 8, 16, _SLICE) if size >= x.shape[0])
+        key = (x.dtype, x.shape[2:], threads)
+        with self._lock:
+            free = self._free.setdefault(key, [])
+            while free:
+                instance = free.pop()
+                if instance.capacity >= capacity:
+                    return instance
+        return _Instance(self, model, x, capacity, threads, key)
+
+
+class _Instance:
+    """Memory for some images of one size, and the program that runs in it. For one caller at a time."""
+
+    def __init__(
+        self, weights: _Weights, model: CrossViT, x: Tensor, capacity: int, threads: int, key: tuple
+    ) -> None:
+        self.weights, self.capacity, self.threads, self.key = weights, capacity, threads, key
+        self.program = Program()
+        size = (x.shape[2], x.shape[3])
+        grids = model.grid_sizes(size)
+        self.tokens_of = [1 + rows * columns for rows, columns in grids]
+        self._arena(model, size, grids)
+        for b in range(2):
+            self._embed(model, b, x, size, grids[b])
+        for k in range(len(weights.blocks)):
+            for b in range(2):
+                for layers in weights.blocks[k][b]:
+                    self._block(b, layers)
+            self._fuse(*weights.fusions[k])
+        if weights.classes:
+            self._classify(model)
+        self.words = self.program.packed()
+
+    def _arena(self, model: CrossViT, size: tuple[int, int], grids: list[tuple[int, int]]) -> None:
+        """Tokens of every image, and for each worker what a block passes from step to step."""
+        weights = self.weights
+        wide = self.temporary = 0
+        of_tokens = [n * c for n, c in zip(self.tokens_of, weights.widths, strict=True)]
+        for b in range(2):
+            hidden = max((layers.fc1.outputs for blocks in weights.blocks for layers in blocks[b]), default=0)
+            wide = max(wide, self.tokens_of[b] * (max(3 * weights.widths[b], hidden) + weights.widths[b]))
+            wide = max(wide, *(_stem_elements(weights.stems[b], model.branch_sizes(size)[b])))
+        of_worker = -(-2 * wide // 16) * 16  # the input of a step and its output, at most float32
+        total = self.capacity * sum(of_tokens) + self.threads * of_worker
+        self.arena = torch.empty(total + 16)
+        at = -self.arena.data_ptr() % 64 // 4
+        self.tokens: list[Tensor] = []
+        for n, c in zip(self.tokens_of, weights.widths, strict=True):
+            self.tokens.append(self.arena[at : at + self.capacity * n * c].view(self.capacity, n, c))
+            at += self.capacity * n * c
+        self._workers = self.arena.data_ptr() + 4 * at
+        self._of_worker = 4 * of_worker
+
+    def _scratch(self, offset: int, columns: int, dtype: torch.dtype) -> Place:
+        """Rows of a worker, `offset` bytes into its memory."""
+        size = dtype.itemsize
+        return Place(Base.FIXED, self._workers + offset, dtype, columns * size, 0, self._of_worker)
+
+    def _embed(
+        self, model: CrossViT, b: int, x: Tensor, size: tuple[int, int], grid: tuple[int, int]
+    ) -> None:
+        weights, program = self.weights, self.program
+        tokens = rows_of(self.tokens[b])
+        position = resize_position_embedding(
+            model._position(b).detach(), model.grid_sizes(model.img_size)[b], grid
+        )
+        position = position[0].float().contiguous()
+        first = (position[0] + model._cls_token(b).detach()[0, 0].float())[None].contiguous()
+        program.keep += [position, first]
+        program.images()
+        program.add(Kind.COPY, copy_step(rows_of(first), tokens, 1, weights.widths[b]))
+        bytes_of = x.element_size()
+        place = Place(Base.INPUT, 0, x.dtype, 0, of_image=x.stride(0) * bytes_of)
+        strides = [s * bytes_of for s in x.stride()[1:]]
+        pixels = Pixels(place, x.shape[1], *size, *strides)
+        seen = model.branch_sizes(size)[b]
+        resizing = None
+        if seen != size and model.crop_scale and seen[0] <= size[0] and seen[1] <= size[1]:
+            top, left = round((size[0] - seen[0]) / 2.0), round((size[1] - seen[1]) / 2.0)
+            place = Place(
+                Base.INPUT, top * strides[1] + left * strides[2], x.dtype, 0, of_image=place.of_image
+            )
+            pixels = Pixels(place, x.shape[1], *seen, *strides)
+        elif seen != size:
+            resizing = Resizing(size, seen)
+            program.keep.append(resizing)
+        patch = model.patch_size[b]
+        seen = (seen[0] // patch * patch, seen[1] // patch * patch)
+        if resizing is None:
+            pixels = Pixels(pixels.place, x.shape[1], *seen, *strides)
+        half = self._of_worker // 2
+        stem = weights.stems[b]
+        for i, (packed, convolution) in enumerate(stem):
+            last = i == len(stem) - 1
+            windows = _windows(convolution, seen)
+            count = windows.rows * windows.columns
+            columns = self._scratch(0, packed.channels, weights.dtype)
+            program.add(Kind.PATCHES, patch_step(pixels, columns, windows, seen, resizing))
+            out = tokens.row(1) if last else self._scratch(half, packed.outputs, weights.dtype)
+            step = packed.step(
+                columns, out, count,
+                activation=Activation.NONE if last else Activation.RELU,
+                residual=rows_of(position).row(1) if last else None,
+            )  # fmt: skip
+            program.add(Kind.LINEAR, step)
+            bytes_of = weights.dtype.itemsize
+            of_pixel = packed.outputs * bytes_of
+            seen, resizing = (windows.rows, windows.columns), None
+            pixels = Pixels(
+                out, packed.outputs, *seen, 0, of_pixel * windows.columns, of_pixel, channels_last=True
+            )
+
+    def _block(self, b: int, layers: _Layers) -> None:
+        program, dtype = self.program, self.weights.dtype
+        n, c = self.tokens_of[b], self.weights.widths[b]
+        x = rows_of(self.tokens[b])
+        wide = self._scratch(0, layers.qkv.outputs, dtype)
+        narrow = self._scratch(self._of_worker // 2, c, dtype)
+        hidden = self._scratch(0, layers.fc1.outputs, dtype)
+        precision = self.weights.precision
+        program.images()
+        program.add(Kind.LINEAR, layers.qkv.step(x, wide, n, eps=layers.eps[0]))
+        heads = attention_step(wide, narrow, n, layers.heads, c // layers.heads, precision, layers.scale)
+        program.add(Kind.SELF_ATTENTION, heads)
+        program.add(Kind.LINEAR, layers.proj.step(narrow, x, n, residual=x))
+        program.add(Kind.LINEAR, layers.fc1.step(x, hidden, n, Activation.GELU, eps=layers.eps[1]))
+        program.add(Kind.LINEAR, layers.fc2.step(hidden, x, n, residual=x))
+
+    def _fuse(self, weights: list[tuple[Any, ...]], heads: list[int], eps: float) -> None:
+        nothing = torch.empty(0)
+        directions = []
+        for b in range(2):
+            own, other = self.tokens[b], self.tokens[1 - b]
+            direction = Direction(own[:, :1], other[:, 1:], weights[b], heads[b], stream=b)
+            # The CLS rows are read before they are written, and no direction reads the other's.
+            directions.append((direction, ForwardOutputs(own[:, :1], None, None, nothing)))
+        self.program.keep.append(directions)
+        self.program.batch()
+        self.program.add(Kind.FUSION, fusion_step(directions, eps))
+
+    def _classify(self, model: CrossViT) -> None:
+        classes = self.weights.classes
+        logits = Place(Base.OUTPUT, 0, torch.float32, 4 * classes, of_image=4 * classes)
+        self.program.batch()
+        for b, (head, (_, _, eps)) in enumerate(zip(self.weights.heads, self.weights.norms, strict=True)):
+            residual = logits if b else None
+            step = head.step(rows_of(self.tokens[b]), logits, 1, eps=eps, residual=residual)
+            self.program.add(Kind.LINEAR, step)
+
+    def run(self, x: Tensor, out: Tensor) -> None:
+        run(self.words, x.shape[0], x.data_ptr(), out.data_ptr(), self.threads)
+        if not self.weights.classes:
+            rows = (y[: x.shape[0], 0] for y in self.tokens)
+            normalised = (
+                F.layer_norm(row, row.shape[1:], weight.float(), bias.float(), eps)
+                for row, (weight, bias, eps) in zip(rows, self.weights.norms, strict=True)
+            )
+            torch.cat(tuple(normalised), dim=1, out=out)
+
+
+def _windows(convolution: nn.Conv2d, seen: tuple[int, int]) -> Windows:
+    (kernel, _), (stride, _) = convolution.kernel_size, convolution.stride
+    padding = cast(tuple[int, int], convolution.padding)[0]
+    rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size in seen)
+    return Windows(kernel, stride, padding, rows, columns)
+
+
+def _stem_elements(stem: list[tuple[PackedLinear, nn.Conv2d]], seen: tuple[int, int]) -> Iterator[int]:
+    """The most that a convolution of the stem has as windows, and as results."""
+    for packed, convolution in stem:
+        windows = _windows(convolution, seen)
+        seen = (windows.rows, windows.columns)
+        yield windows.rows * windows.columns * max(packed.channels, packed.outputs)
