@@ -41,7 +41,10 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+
+NEWEST = ("avx512bf16", "amx")
 
 
 class BuildError(Exception):
@@ -95,9 +98,13 @@ def openmp_flags(cxx: list[str]) -> list[str]:
 
 
 def instruction_sets(cxx: list[str]) -> dict[str, list[str]]:
-    """All of INSTRUCTION_SETS, without the newest for an old compiler; the baseline alone on other machines."""
-    known = {name: flags for name, flags in INSTRUCTION_SETS.items() if compiles(cxx, flags)}
-    return known if "avx512" in known else {"baseline": []}
+    """All of INSTRUCTION_SETS, without the newest two for an old compiler; the baseline on other machines."""
+    sets = INSTRUCTION_SETS
+    for count in (len(sets), len(sets) - len(NEWEST)):
+        known = dict(list(sets.items())[:count])
+        if all(compiles(cxx, flags) for flags in known.values()):
+            return known
+    return {"baseline": []}
 
 
 def find_nvcc() -> Path | None:
@@ -185,7 +192,7 @@ def compile_module(
     hidden = ["-fPIC", "-fvisibility=hidden"]
     isas = instruction_sets(cxx)
     defines = [*(["-DCROSSVIT_CUDA"] if nvcc else []), *(["-DCROSSVIT_X86_ISAS"] if len(isas) > 1 else [])]
-    defines += ["-DCROSSVIT_X86_BF16"] if "avx512bf16" in isas else []
+    defines += ["-DCROSSVIT_X86_NEWEST"] if NEWEST[0] in isas else []
     more = shlex.split(os.environ.get("CXXFLAGS", ""))
     # Products may be contracted with sums, which is the compilers' default; nothing else is relaxed.
     cpp = [*cxx, *common, *hidden, *defines, "-Wall", "-Wno-psabi", "-fno-math-errno", *openmp, *more]

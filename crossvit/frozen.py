@@ -1,16 +1,17 @@
 """Frozen inference on a CPU: the whole forward of a model as one program of the compiled module.
 
-Weights are folded and packed once: LayerNorm's into the linear layers behind them, the mean over the two heads
-into the heads. The model keeps its parameters as they are; what was packed is a copy, and each call first looks
-whether it is still the model's (`Watch`).
+Weights are folded and packed once: LayerNorm's into the linear layers behind them, the mean over the two
+heads into the heads. The model keeps its parameters as they are; what was packed is a copy, and each call
+first looks whether it is still the model's (`Watch`).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,14 +27,16 @@ from crossvit_kernels.program import Activation, Base, Kind, Place, Precision, P
 from crossvit_kernels.self_attention.native import attention_step
 
 from .encoder import MultiScaleBlock
-from .fusion import CrossAttention, CrossAttentionBlock, is_plain, is_projection
+from .fusion import CrossAttention, CrossAttentionBlock, is_plain
 from .layers import Attention, Block, DropPath, Mlp, PatchEmbed, resize_position_embedding
 
 if TYPE_CHECKING:
     from .model import CrossViT
 
 _LOG = logging.getLogger("crossvit")
+_DTYPE, _VERSION = attrgetter("dtype"), attrgetter("_version")
 _SLICE = 32  # images that are in memory at once
+_KEPT = 8  # image sizes, dtypes and numbers of threads whose memory is kept
 
 
 def reasons_against(model: CrossViT) -> list[str]:
@@ -51,6 +54,7 @@ def reasons_against(model: CrossViT) -> list[str]:
             "its parameters are not all float32, bfloat16 or float16: " + ", ".join(map(str, dtypes))
         )
     reasons += [f"{name} was replaced or has hooks" for name in _changed(model)]
+    reasons += _of_other_shape(model)
     for k, encoder in enumerate(model.blocks):
         if not isinstance(encoder, MultiScaleBlock) or encoder._weights() is None:
             reasons.append(f"the fusion of blocks.{k} is not one cross-attention in each direction as built")
@@ -64,62 +68,137 @@ _PLAIN = (
 )
 
 
-def _changed(model: CrossViT) -> Iterator[str]:
+# What each part of a module is as built; those of a fusion are looked at by MultiScaleBlock.
+_INERT = (nn.Dropout, nn.Identity, DropPath)  # in eval mode
+_PARTS: dict[str, dict[str, tuple[type[nn.Module], ...]]] = {
+    "CrossViT": {"pos_drop": _INERT, "head_drop": _INERT},
+    "PatchEmbed": {"proj": (nn.Conv2d, nn.Sequential)},
+    "Block": {
+        **{"norm1": (nn.LayerNorm,), "attn": (Attention,), "drop_path1": _INERT},
+        **{"norm2": (nn.LayerNorm,), "mlp": (Mlp,), "drop_path2": _INERT},
+    },
+    "Attention": {"qkv": (nn.Linear,), "attn_drop": _INERT, "proj": (nn.Linear,), "proj_drop": _INERT},
+    "Mlp": {"fc1": (nn.Linear,), "act": (nn.GELU,), "drop1": _INERT, "fc2": (nn.Linear,), "drop2": _INERT},
+}
+
+
+def _changed(model: CrossViT) -> list[str]:
     """Names of the submodules whose own forward has to run."""
+    names = []
+
+    def look(name: str, module: Any, *kinds: type[nn.Module]) -> None:
+        plain = any(is_plain(module, kind) for kind in kinds)
+        if isinstance(module, nn.LayerNorm):
+            plain = plain and module.weight is not None and module.bias is not None
+        if isinstance(module, nn.GELU):
+            plain = plain and module.approximate == "none"
+        if not plain:
+            names.append(name)
+
+    def look_at_each(name: str, modules: Any, *kinds: type[nn.Module]) -> None:
+        for i, module in enumerate(modules if isinstance(modules, nn.Module) else ()):
+            look(f"{name}.{i}", module, *kinds)
+
     for name, module in model.named_modules():
-        if module is model:
-            continue
-        if not any(is_plain(module, kind) for kind in _PLAIN):
-            yield name
-        elif isinstance(module, nn.LayerNorm) and module.weight is None:
-            yield name
-        elif isinstance(module, nn.GELU) and module.approximate != "none":
-            yield name
+        if module is not model:
+            look(name, module, *_PLAIN)
+        for part, kinds in _PARTS.get(type(module).__name__, {}).items():
+            look(f"{name}.{part}".lstrip("."), getattr(module, part, None), *kinds)
+    look_at_each("patch_embed", model.patch_embed, PatchEmbed)
+    for b, embed in enumerate(model.patch_embed):
+        stem = getattr(embed, "proj", None)
+        for i, module in enumerate(stem if isinstance(stem, nn.Sequential) else [stem]):
+            name = f"patch_embed.{b}.proj" + (f".{i}" if isinstance(stem, nn.Sequential) else "")
+            look(name, module, nn.ReLU if i % 2 else nn.Conv2d)
+            if isinstance(module, nn.Conv2d) and not _is_square(module):
+                names.append(name)
+    for k, encoder in enumerate(model.blocks):
+        for b, branch in enumerate(getattr(encoder, "blocks", ())):
+            look(f"blocks.{k}.blocks.{b}", branch, nn.Sequential)
+            look_at_each(f"blocks.{k}.blocks.{b}", branch, Block)
+    look_at_each("norm", model.norm, nn.LayerNorm)
+    look_at_each("head", model.head, nn.Linear if model.num_classes else nn.Identity)
+    return list(dict.fromkeys(names))
+
+
+def _is_square(convolution: nn.Conv2d) -> bool:
+    """Whether its windows are those of struct Windows: alike on both axes, dense, padded with zeros."""
+    pairs = (convolution.kernel_size, convolution.stride, convolution.padding)
+    return (
+        all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+        and (convolution.dilation, convolution.groups) == ((1, 1), 1)
+        and convolution.padding_mode == "zeros"
+    )
+
+
+def _of_other_shape(model: CrossViT) -> Iterator[str]:
+    """What is of another width than the program counts on, though the model itself may take it."""
+    for k, encoder in enumerate(model.blocks):
+        for b, branch in enumerate(getattr(encoder, "blocks", ())):
+            for i, block in enumerate(branch):
+                qkv = getattr(getattr(block, "attn", None), "qkv", None)
+                if isinstance(qkv, nn.Linear) and qkv.weight.shape[0] != 3 * model.embed_dim[b]:
+                    yield f"blocks.{k}.blocks.{b}.{i}.attn has another width than its branch"
+
+
+def _classes(model: CrossViT) -> int:
+    """Of the heads as they are. The model's own operators, on no image, refuse what does not fit together."""
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        tokens = model._encode(model._embed(parameter.new_zeros(0, model.in_chans, *model.img_size)))
+        logits = model._head([norm(y[:, 0]) for norm, y in zip(model.norm, tokens, strict=True)])
+    return logits.shape[1] if model.num_classes else 0
 
 
 class Watch:
     """Notices that a model is no longer what it was.
 
     Seen at once: a parameter or module that was replaced, another dtype or device, writes in place (torch
-    counts them). Writes past that count, through `.data` or by another process, are seen where they meet one of
-    the elements that are compared: the first of every 4 KiB of each parameter, and its last.
+    counts them). Writes past that count, through `.data` or by another process, are seen where they meet one
+    of the elements that are compared: the first of every 4 KiB of each parameter, and its last.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._children = [
-            (module._modules, name, child)
-            for module in model.modules()
-            for name, child in module._modules.items()
-        ]
+        self._children = [(module._modules, tuple(module._modules.values())) for module in model.modules()]
         self._parameters = [
             (module._parameters, name, p)
             for module in model.modules()
             for name, p in module._parameters.items()
         ]
         found = [p for _, _, p in self._parameters if p is not None]
-        self._state = [_state(p) for p in found]
-        sizes = ((p.data_ptr(), p.nbytes) for p in found if p.is_contiguous())
-        self._regions = torch.tensor(list(sizes), dtype=torch.int64).reshape(-1, 2)
         self._present = found
+        self._counted = [p for p in found if not p.is_inference()]  # the others have no count of writes
+        self._state = self._look()
+        sizes = [(p.data_ptr(), _spanned(p) * p.element_size()) for p in found]
+        self._regions = torch.tensor(sizes, dtype=torch.int64, device="cpu").reshape(-1, 2)
         self._fingerprint = self._read()
+
+    def _look(self) -> list[Any]:
+        """Addresses, dtypes and counts of writes; some hundred parameters, before each forward."""
+        return [
+            *map(Tensor.data_ptr, self._present),
+            *map(_DTYPE, self._present),
+            *map(_VERSION, self._counted),
+        ]
 
     def _read(self) -> int:
         return native.load().fingerprint(self._regions.data_ptr(), len(self._regions))
 
     def changed(self) -> bool:
         """Whether the model was replaced, in part, or written to since."""
-        if any(modules.get(name) is not child for modules, name, child in self._children):
+        if any(tuple(modules.values()) != children for modules, children in self._children):
             return True
         if any(parameters.get(name) is not p for parameters, name, p in self._parameters):
             return True
-        if any(_state(p) != was for p, was in zip(self._present, self._state, strict=True)):
+        if self._look() != self._state:
             return True
         return self._read() != self._fingerprint
 
 
-def _state(p: Tensor) -> tuple[Any, ...]:
-    version = None if p.is_inference() else p._version
-    return p.data_ptr(), version, p.dtype, p.device.type, p.shape
+def _spanned(p: Tensor) -> int:
+    """Elements in memory from the first to the last one, in any layout."""
+    distances = zip(p.shape, p.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in distances) if p.numel() else 0
 
 
 @dataclass
@@ -170,6 +249,8 @@ class Frozen:
 
     def __call__(self, model: CrossViT, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] -> logits [B, num_classes], without a gradient."""
+        if torch.jit.is_tracing():
+            raise RuntimeError("a frozen model cannot be traced: call unfreeze() first")
         with self._lock:
             weights = self._weights
             if weights is None or weights.isa != native.load().isa() or weights.outdated():
@@ -178,6 +259,8 @@ class Frozen:
                 self._pack(model)
                 weights = cast(_Weights, self._weights)
         model._check_image(x)
+        if x.device.type != "cpu":
+            raise ValueError(f"images of a frozen model must be on the CPU, got {x.device}")
         return weights.run(model, x.detach())
 
 
@@ -192,10 +275,17 @@ class _Weights:
         self.widths = model.embed_dim
         self.packed: list[PackedLinear] = []
         self.stems = [self._stem(cast(PatchEmbed, embed)) for embed in model.patch_embed]
-        self.blocks = [[[self._block(block) for block in branch] for branch in encoder.blocks] for encoder in model.blocks]  # type: ignore[union-attr]  # fmt: skip
+        self.blocks = [
+            [[self._block(block) for block in branch] for branch in cast(Any, encoder).blocks]
+            for encoder in model.blocks
+        ]
         self.fusions = [self._fusion(cast(MultiScaleBlock, encoder)) for encoder in model.blocks]
-        self.classes = model.num_classes
-        self.norms = [(n.weight.detach().clone(), n.bias.detach().clone(), n.eps) for n in model.norm]  # type: ignore[union-attr,operator]  # fmt: skip
+        self.positions = [model._position(b).detach().float().clone() for b in range(2)]
+        self.cls = [model._cls_token(b).detach().float().clone() for b in range(2)]
+        self.grids = model.grid_sizes(model.img_size)  # of the positions
+        self.classes = _classes(model)
+        norms = cast(list[nn.LayerNorm], list(model.norm))
+        self.norms = [(n.weight.detach().clone(), n.bias.detach().clone(), n.eps) for n in norms]
         self.heads = [
             self._linear(head, norm, scale=0.5, precision=Precision.FLOAT32)
             for head, norm in zip(model.head, model.norm, strict=True)
@@ -219,7 +309,7 @@ class _Weights:
     ) -> PackedLinear:
         folded = (None, None) if norm is None else (norm.weight, norm.bias)
         packed = PackedLinear(
-            layer.weight.flatten(1),
+            layer.weight.flatten(1).contiguous(),
             layer.bias,
             *folded,
             scale,
@@ -250,7 +340,8 @@ class _Weights:
         for i, convolution in enumerate(convolutions):
             convolution = cast(nn.Conv2d, convolution)
             weight = convolution.weight.permute(0, 2, 3, 1) if i else convolution.weight
-            packed = PackedLinear(weight.flatten(1), convolution.bias, precision=self.precision)
+            weight = weight.flatten(1).contiguous()
+            packed = PackedLinear(weight, convolution.bias, precision=self.precision)
             self.packed.append(packed)
             found.append((packed, convolution))
         return found
@@ -275,13 +366,15 @@ class _Weights:
             x = x.float()
         x = x.contiguous()
         width = self.classes or sum(self.widths)
-        logits = torch.empty(x.shape[0], width)
+        logits = torch.empty(x.shape[0], width, dtype=torch.float32, device="cpu")
         for first in range(0, x.shape[0], _SLICE):
             images = x[first : first + _SLICE]
             instance = self._instance(model, images)
             instance.run(images, logits[first : first + _SLICE])
             with self._lock:
-                self._free.setdefault(instance.key, []).append(instance)
+                self._free[instance.key] = [*self._free.pop(instance.key, []), instance]
+                while len(self._free) > _KEPT:
+                    del self._free[next(iter(self._free))]
         return logits.to(self.logits_dtype)
 
     def _instance(self, model: CrossViT, x: Tensor) -> _Instance:
@@ -289,7 +382,7 @@ class _Weights:
         capacity = next(size for size in (1, 2, 4, 8, 16, _SLICE) if size >= x.shape[0])
         key = (x.dtype, x.shape[2:], threads)
         with self._lock:
-            free = self._free.setdefault(key, [])
+            free = self._free.get(key, [])
             while free:
                 instance = free.pop()
                 if instance.capacity >= capacity:
@@ -331,7 +424,7 @@ class _Instance:
             wide = max(wide, *(_stem_elements(weights.stems[b], model.branch_sizes(size)[b])))
         of_worker = -(-2 * wide // 16) * 16  # the input of a step and its output, at most float32
         total = self.capacity * sum(of_tokens) + self.threads * of_worker
-        self.arena = torch.empty(total + 16)
+        self.arena = torch.empty(total + 16, dtype=torch.float32, device="cpu")
         at = -self.arena.data_ptr() % 64 // 4
         self.tokens: list[Tensor] = []
         for n, c in zip(self.tokens_of, weights.widths, strict=True):
@@ -350,11 +443,9 @@ class _Instance:
     ) -> None:
         weights, program = self.weights, self.program
         tokens = rows_of(self.tokens[b])
-        position = resize_position_embedding(
-            model._position(b).detach(), model.grid_sizes(model.img_size)[b], grid
-        )
-        position = position[0].float().contiguous()
-        first = (position[0] + model._cls_token(b).detach()[0, 0].float())[None].contiguous()
+        position = resize_position_embedding(weights.positions[b], weights.grids[b], grid)
+        position = position[0].expand(self.tokens_of[b], weights.widths[b]).contiguous()
+        first = (position[0] + weights.cls[b][0, 0])[None].contiguous()
         program.keep += [position, first]
         program.images()
         program.add(Kind.COPY, copy_step(rows_of(first), tokens, 1, weights.widths[b]))
@@ -383,6 +474,8 @@ class _Instance:
             last = i == len(stem) - 1
             windows = _windows(convolution, seen)
             count = windows.rows * windows.columns
+            if last and count != self.tokens_of[b] - 1:
+                raise RuntimeError(f"patch_embed.{b} gives {count} patches, not {self.tokens_of[b] - 1}")
             columns = self._scratch(0, packed.channels, weights.dtype)
             program.add(Kind.PATCHES, patch_step(pixels, columns, windows, seen, resizing))
             out = tokens.row(1) if last else self._scratch(half, packed.outputs, weights.dtype)
@@ -416,7 +509,7 @@ class _Instance:
         program.add(Kind.LINEAR, layers.fc2.step(hidden, x, n, residual=x))
 
     def _fuse(self, weights: list[tuple[Any, ...]], heads: list[int], eps: float) -> None:
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         directions = []
         for b in range(2):
             own, other = self.tokens[b], self.tokens[1 - b]

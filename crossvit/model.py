@@ -307,8 +307,8 @@ class CrossViT(nn.Module):
             dtype: what matrices are multiplied in, torch.float32 or torch.bfloat16, tokens stay float32; by
                 default bfloat16 for a model in bfloat16, else float32.
             check: look for changes of the weights before each forward, and pack them again after one. Writes
-                that torch does not count (`p.data.mul_()`, another process) are seen where they meet one of the
-                elements that are compared, the first of every 4 KiB of each parameter and its last. False
+                that torch does not count (`p.data.mul_()`, another process) are seen where they meet one of
+                the elements that are compared, the first of every 4 KiB of each parameter and its last. False
                 leaves all of it out: what is frozen then stays as it is.
 
         Returns:
@@ -323,8 +323,14 @@ class CrossViT(nn.Module):
             dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        training = [module for module in self.modules() if module.training]
         self.eval()
-        self._frozen = Frozen(self, dtype, check)
+        try:
+            self._frozen = Frozen(self, dtype, check)
+        except BaseException:
+            for module in training:
+                module.training = True
+            raise
         return self
 
     def unfreeze(self) -> CrossViT:

@@ -19,7 +19,7 @@ from . import triton_tokens as attention
 from .directions import Direction, ForwardOutputs, Gradients
 from .gpu import gpu_of, on_device_of, scores_to_attention
 from .operands import Weights
-from .triton_table import Configuration, allows_tf32, configuration, parameters_registers
+from .triton_table import Configuration, allows_tf32, configuration, register_limit
 
 _STEP_BYTES = 2**15  # of a weight that a program of a head reads in one step
 
@@ -156,7 +156,7 @@ class _Launcher:
         self.pairs: dict[Any, tuple[Any, Any]] = {}
         self.batch = directions[0]["patches"].shape[0]
         self.precision = precision_of_float32() if allows_tf32(architecture) else "ieee"
-        self.registers = parameters_registers(architecture)
+        self.registers = register_limit(architecture)
 
     def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
         """A kernel of the chain, `programs` of a direction for each `buffers.ROWS` images."""
@@ -174,6 +174,8 @@ class _Launcher:
             block //= 2
         blocks = -(-self.batch // buffers.ROWS.value) * max(d["heads"].value for d in self.directions)
         options = self._chain(block) | {"num_warps": self.config.head_warps}
+        if self.config.head_warps == 4:
+            options |= self.registers
         self._launch(kernel, blocks, OfChain, args, **options)
 
     def tokens(self, kernel: Any, programs: int, *args: Any, **constants: bool) -> None:

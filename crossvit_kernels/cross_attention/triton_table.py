@@ -121,11 +121,11 @@ def head_warps(architecture: str, backward: bool) -> int:
     return 8 if not backward or nearest(architecture) in ("sm_100", "sm_120") else 4
 
 
-def parameters_registers(architecture: str) -> dict[str, int]:
-    """The limit of a thread of `parameters_backward`, as options of its launch; AMD's compiler has none.
+def register_limit(architecture: str) -> dict[str, int]:
+    """That of a thread in the chain's larger kernels of four warps, as options of a launch; AMD has none.
 
-    Without one ptxas aims at 48 and keeps a predicate in memory. Shared memory allows three blocks, each
-    thread of which can have 168.
+    Without one, ptxas aims at 48 or 72 registers and keeps a predicate in memory. With 128, registers allow
+    four blocks on a multiprocessor, and shared memory or the grid hardly more.
     """
     return {} if FAMILIES[nearest(architecture)] == "amd" else {"maxnreg": 128}
 

@@ -10,9 +10,25 @@
 #include <string>
 #include <vector>
 
+#if defined(CROSSVIT_X86_NEWEST) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace crossvit {
 
-enum class Isa { baseline, avx2, avx512, avx512bf16 };
+enum class Isa { baseline, avx2, avx512, avx512bf16, amx };
+
+#if defined(CROSSVIT_X86_NEWEST) && defined(__linux__)
+// Linux gives the registers of AMX to processes that ask for them.
+inline bool has_matrix_unit() {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#else
+inline bool has_matrix_unit() { return false; }
+#endif
 
 // What this machine and its operating system can run, best first.
 inline std::vector<Isa> supported_isas() {
@@ -21,8 +37,11 @@ inline std::vector<Isa> supported_isas() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-#ifdef CROSSVIT_X86_BF16
-        if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512bf16);
+#ifdef CROSSVIT_X86_NEWEST
+        if (__builtin_cpu_supports("avx512bf16")) {
+            if (has_matrix_unit()) isas.push_back(Isa::amx);
+            isas.push_back(Isa::avx512bf16);
+        }
 #endif
         isas.push_back(Isa::avx512);
     }
@@ -34,6 +53,8 @@ inline std::vector<Isa> supported_isas() {
 
 inline const char* name(Isa isa) {
     switch (isa) {
+        case Isa::amx:
+            return "amx";
         case Isa::avx512bf16:
             return "avx512bf16";
         case Isa::avx512:
@@ -59,10 +80,13 @@ inline Isa isa_from_name(const std::string& wanted) {
                                 wanted);
 }
 
-// The copy of a function that was compiled for `isa`: CROSSVIT_SELECT(isa, f). Compilers older than g++ 10 do
-// not know the newest set.
-#ifdef CROSSVIT_X86_BF16
-#define CROSSVIT_NEWEST(isa, function) (isa) == ::crossvit::Isa::avx512bf16 ? avx512bf16::function:
+// The copy of a function that was compiled for `isa`: CROSSVIT_SELECT(isa, f). Compilers older than g++ 11 do
+// not know the newest sets.
+#ifdef CROSSVIT_X86_NEWEST
+#define CROSSVIT_NEWEST(isa, function)                            \
+    (isa) == ::crossvit::Isa::amx          ? amx::function        \
+    : (isa) == ::crossvit::Isa::avx512bf16 ? avx512bf16::function \
+                                           :
 #else
 #define CROSSVIT_NEWEST(isa, function)
 #endif

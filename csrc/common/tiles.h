@@ -13,8 +13,8 @@
 #include "layer_norm.h"
 #include "vector.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
+#if defined(__AMX_BF16__)
+#include "amx.h"
 #endif
 
 namespace crossvit {
@@ -41,9 +41,33 @@ constexpr int64_t kOfAStep = 4 / sizeof(Operand);
 
 using Word = int32_t;  // a step of packed operands
 
+// Whether a matrix unit multiplies them; then it is amx.h that says how the left operand lies.
+#if defined(__AMX_BF16__)
+template <class Operand>
+constexpr bool kOnUnit = sizeof(Operand) == 2;
+#else
+template <class Operand>
+constexpr bool kOnUnit = false;
+constexpr int kUnitRows = 0, kUnitSteps = 1;
+struct MatrixUnit {
+    MatrixUnit() {}  // not trivial, so that nobody calls it unused
+};
+#endif
+
+// Rows of a tile, the most.
+template <class Operand>
+constexpr int kRows = kOnUnit<Operand> ? kUnitRows : kTileRows;
+
 template <class Operand>
 constexpr int64_t steps_of(int64_t channels) {
-    return (channels + kOfAStep<Operand> - 1) / kOfAStep<Operand>;
+    const int64_t steps = (channels + kOfAStep<Operand> - 1) / kOfAStep<Operand>;
+    return kOnUnit<Operand> ? rounded_up(steps, kUnitSteps) : steps;
+}
+
+// Words that a block of rows takes when it is packed as the left operand.
+template <class Operand>
+constexpr int64_t packed_block(int64_t steps) {
+    return kOnUnit<Operand> ? steps * kUnitRows : steps * kTileRows + kLanes;
 }
 
 CROSSVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, float) { return sum + a * b; }
@@ -117,9 +141,15 @@ CROSSVIT_INLINE void multiply_rows(int64_t rows, const Tile& tile, Lanes<Row...>
     of_rows[rows - 1](tile);
 }
 
-// One tile of 1 to kTileRows rows.
+// One tile of 1 to kRows rows; `out` has room for all of them.
 template <int Vectors, class Operand>
 CROSSVIT_INLINE void multiply(int64_t rows, const Tile& tile) {
+#if defined(__AMX_BF16__)
+    if constexpr (kOnUnit<Operand>) {
+        return multiply_on_unit<Vectors>(tile.left, tile.right, tile.steps, tile.out, tile.out_row,
+                                         tile.ahead, tile.ahead_step * kUnitSteps);
+    }
+#endif
     multiply_rows<Vectors, Operand>(rows, tile, typename CountLanes<kTileRows>::type{});
 }
 
@@ -184,26 +214,29 @@ struct Source {
     const Normal* normal;  // of each row, or null
 };
 
+// kLanes steps of row r; those behind its channels are zero.
+template <class Operand, bool Normalises, class T>
+CROSSVIT_INLINE Vec steps_of_row(const Source<T>& x, int64_t r, int64_t step) {
+    constexpr int64_t whole = kLanes * kOfAStep<Operand>;
+    const int64_t channel = step * kOfAStep<Operand>, rest = x.channels - channel;
+    const Normal normal = Normalises ? x.normal[r] : Normal{};
+    const T* from = x.data + r * x.row + channel;
+    if (rest >= whole) return pack_steps<Normalises>(from, normal, Operand{});
+    T padded[whole] = {};
+    for (int64_t c = 0; c < rest; ++c) padded[c] = from[c];
+    return pack_steps<Normalises>(padded, normal, Operand{});
+}
+
 // Up to kLanes rows from a step on, turned, to `out`, whose steps lie `out_step` apart. `Stored` lanes of
 // each step are written, or as many as there are rows.
 template <class Operand, bool Normalises, int Stored, class T>
 CROSSVIT_INLINE void pack_lanes(const Source<T>& x, int64_t first, int64_t step, Word* out,
                                 int64_t out_step) {
     const int64_t rows = x.rows - first < kLanes ? x.rows - first : kLanes;
-    const int64_t channel = step * kOfAStep<Operand>, rest = x.channels - channel;
-    constexpr int64_t whole = kLanes * kOfAStep<Operand>;
     Vec turned[kLanes];
     CROSSVIT_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-        const int64_t r = first + (i < rows ? i : rows - 1);  // the last row again where there is none
-        const T* from = x.data + r * x.row + channel;
-        T padded[whole] = {};
-        if (rest < whole) {
-            for (int64_t c = 0; c < rest; ++c) padded[c] = from[c];
-            from = padded;
-        }
-        turned[i] = pack_steps<Normalises>(from, Normalises ? x.normal[r] : Normal{}, Operand{});
-    }
+    for (int i = 0; i < kLanes; ++i)  // the last row again where there is none
+        turned[i] = steps_of_row<Operand, Normalises>(x, first + (i < rows ? i : rows - 1), step);
     transpose(turned);
     const int64_t left = steps_of<Operand>(x.channels) - step, count = left < kLanes ? left : kLanes;
     for (int64_t i = 0; i < count; ++i) {
@@ -215,7 +248,7 @@ CROSSVIT_INLINE void pack_lanes(const Source<T>& x, int64_t first, int64_t step,
 // Rows as [steps][out_step]: the left operand, where out_step is `rows`, or a panel of the right one. Up to
 // kLanes words behind the end are written to.
 template <class Operand, bool Normalises, class T>
-void pack_as(const Source<T>& x, Word* out, int64_t out_step) {
+void pack_turned(const Source<T>& x, Word* out, int64_t out_step) {
     const int64_t steps = steps_of<Operand>(x.channels);
     for (int64_t first = 0; first < x.rows; first += kLanes)
         for (int64_t step = 0; step < steps; step += kLanes) {
@@ -227,9 +260,26 @@ void pack_as(const Source<T>& x, Word* out, int64_t out_step) {
         }
 }
 
+// At most kRows rows as the left operand.
+template <class Operand, bool Normalises, class T>
+void pack_left_as(const Source<T>& x, Word* out) {
+    if constexpr (!kOnUnit<Operand>) return pack_turned<Operand, Normalises>(x, out, x.rows);
+    const int64_t steps = steps_of<Operand>(x.channels);
+    for (int64_t r = 0; r < x.rows; ++r)
+        for (int64_t step = 0; step < steps; step += kLanes) {
+            const Vec packed = steps_of_row<Operand, Normalises>(x, r, step);
+            __builtin_memcpy(out + step * kUnitRows + r * kLanes, &packed, sizeof packed);
+        }
+}
+
 template <class Operand, class T>
-void pack(const Source<T>& x, Word* out, int64_t out_step) {
-    x.normal ? pack_as<Operand, true>(x, out, out_step) : pack_as<Operand, false>(x, out, out_step);
+void pack_left(const Source<T>& x, Word* out) {
+    x.normal ? pack_left_as<Operand, true>(x, out) : pack_left_as<Operand, false>(x, out);
+}
+
+template <class Operand, class T>
+void pack_right(const Source<T>& x, Word* out, int64_t columns) {
+    pack_turned<Operand, false>(x, out, columns);
 }
 
 }  // namespace

@@ -124,5 +124,9 @@ namespace avx512bf16 {
 CrossAttentionScratch cross_attention_scratch;
 CrossAttentionRun cross_attention_forward, cross_attention_backward;
 }  // namespace avx512bf16
+namespace amx {
+CrossAttentionScratch cross_attention_scratch;
+CrossAttentionRun cross_attention_forward, cross_attention_backward;
+}  // namespace amx
 
 }  // namespace crossvit

@@ -24,6 +24,9 @@ LayerNormStatistics layer_norm_statistics;
 namespace avx512bf16 {
 LayerNormStatistics layer_norm_statistics;
 }
+namespace amx {
+LayerNormStatistics layer_norm_statistics;
+}
 
 #ifdef CROSSVIT_CUDA
 // Launches on `stream` (a cudaStream_t) and returns the launch's cudaError_t as an integer.

@@ -19,27 +19,33 @@ namespace {
 constexpr int64_t kChunkSteps = 100 * 1024;  // of packed rows that one thread keeps in its L2 cache: 400 KB
 
 // Rows are cut into blocks of a tile that differ by one row at most.
+template <class Operand>
 struct RowBlocks {
     int64_t rows, count;
-    explicit RowBlocks(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+    explicit RowBlocks(int64_t rows) : rows(rows), count((rows + kRows<Operand> - 1) / kRows<Operand>) {}
     int64_t first(int64_t block) const { return rows * block / count; }
     int64_t size(int64_t block) const { return first(block + 1) - first(block); }
 };
 
-constexpr int64_t packed_block(int64_t steps) { return steps * kTileRows + kLanes; }
-
+template <class Operand>
 constexpr int64_t blocks_of_chunk(int64_t steps) {
-    return kChunkSteps / packed_block(steps) > 0 ? kChunkSteps / packed_block(steps) : 1;
+    const int64_t blocks = kChunkSteps / packed_block<Operand>(steps);
+    return blocks > 0 ? blocks : 1;
 }
 
-CROSSVIT_INLINE int64_t steps_of(Precision precision, int64_t channels) {
-    return precision == Precision::float32 ? steps_of<float>(channels) : steps_of<HalfOperand>(channels);
+// body(Operand{}) for what a precision is multiplied in here.
+template <class Body>
+CROSSVIT_INLINE auto with_operand(Precision precision, Body body) {
+    return precision == Precision::bfloat16 ? body(HalfOperand{}) : body(float{});
 }
 
-// Steps of scratch memory that a thread of the team adds.
+// Words of scratch memory that a thread of the team adds.
 inline int64_t linear_scratch(const LinearStep& step) {
-    const int64_t steps = steps_of(step.precision, step.channels);
-    return blocks_of_chunk(steps) * packed_block(steps);
+    return with_operand(step.precision, [&](auto operand) {
+        using Operand = decltype(operand);
+        const int64_t steps = steps_of<Operand>(step.channels);
+        return blocks_of_chunk<Operand>(steps) * packed_block<Operand>(steps);
+    });
 }
 
 // Statistics of LayerNorm, of `count` rows that lie `of_row` elements apart.
@@ -107,17 +113,17 @@ void finish_tile(const LinearStep& step, const float* sums, int64_t rows, int64_
 
 template <class Operand, class In>
 void pack_block(const LinearStep& step, const In* x, int64_t of_row, int64_t rows, Word* out) {
-    Normal normals[kTileRows];
+    Normal normals[kRows<Operand>];
     if (step.normalises) normals_of(x, of_row, rows, step.channels, static_cast<float>(step.eps), normals);
-    pack<Operand>(Source<In>{x, of_row, rows, step.channels, step.normalises ? normals : nullptr}, out, rows);
+    pack_left<Operand>(Source<In>{x, of_row, rows, step.channels, step.normalises ? normals : nullptr}, out);
 }
 
 template <class Operand>
 void linear_in(const Team& team, const Worker& worker, const LinearStep& step, int64_t image) {
-    const RowBlocks blocks(step.rows);
-    const int64_t steps = steps_of<Operand>(step.channels), packed = packed_block(steps);
+    const RowBlocks<Operand> blocks(step.rows);
+    const int64_t steps = steps_of<Operand>(step.channels), packed = packed_block<Operand>(steps);
     const int64_t panels = (step.outputs + kTileColumns - 1) / kTileColumns;
-    const int64_t chunks_of = blocks_of_chunk(steps) * team.size;
+    const int64_t chunks_of = blocks_of_chunk<Operand>(steps) * team.size;
     const int64_t chunks = (blocks.count + chunks_of - 1) / chunks_of;
     const char *x = worker.at(step.x, image), *residual = worker.at(step.residual, image);
     char* out = worker.at(step.out, image);
@@ -140,15 +146,7 @@ void linear_in(const Team& team, const Worker& worker, const LinearStep& step, i
             const int64_t rows = blocks.size(begin + i), column = panel * kTileColumns;
             const int64_t columns =
                 step.outputs - column < kTileColumns ? step.outputs - column : kTileColumns;
-            float sums[kTileRows * kTileColumns];
-            // Where the tile goes, and what is added to it, come from afar while it is computed.
-            const int64_t bytes = columns * size_of(step.out.dtype);
-            for (int64_t r = row; r < row + rows; ++r)
-                for (int64_t at = 0; at < bytes; at += 64) {
-                    const int64_t offset = column * size_of(step.out.dtype) + at;
-                    __builtin_prefetch(out + r * step.out.of_row + offset, 1);
-                    if (residual) __builtin_prefetch(residual + r * step.residual.of_row + offset);
-                }
+            alignas(64) float sums[kRows<Operand> * kTileColumns];
             // The blocks of this panel ask for the next one together, a piece each.
             const Word* right = step.weight + panel * steps * kTileColumns;
             const int64_t piece = (steps * kTileColumns + count - 1) / count;
@@ -172,15 +170,15 @@ void linear_in(const Team& team, const Worker& worker, const LinearStep& step, i
 }
 
 inline void run_step(const Team& team, const Worker& worker, const LinearStep& step, int64_t image) {
-    if (step.precision == Precision::bfloat16)
-        linear_in<HalfOperand>(team, worker, step, image);
-    else
-        linear_in<float>(team, worker, step, image);
+    with_operand(step.precision,
+                 [&](auto operand) { linear_in<decltype(operand)>(team, worker, step, image); });
 }
 
-// Steps of a packed weight, and the packing of it.
+// Words of a packed weight, and the packing of it.
 inline int64_t packed_weight_steps(const PackedWeight& w) {
-    return rounded_up(w.outputs, kTileColumns) * steps_of(w.precision, w.channels);
+    return with_operand(w.precision, [&](auto operand) {
+        return rounded_up(w.outputs, kTileColumns) * steps_of<decltype(operand)>(w.channels);
+    });
 }
 
 template <class Operand>
@@ -194,16 +192,13 @@ void pack_panels(const Team& team, const PackedWeight& w, Word* out) {
         with_type(w.dtype, [&](auto type) {
             using T = decltype(type);
             const T* from = static_cast<const T*>(w.weight) + first * w.of_row;
-            pack<Operand>(Source<T>{from, w.of_row, rows, w.channels, nullptr}, to, kTileColumns);
+            pack_right<Operand>(Source<T>{from, w.of_row, rows, w.channels, nullptr}, to, kTileColumns);
         });
     });
 }
 
 inline void pack_weight(const Team& team, const PackedWeight& w, Word* out) {
-    if (w.precision == Precision::bfloat16)
-        pack_panels<HalfOperand>(team, w, out);
-    else
-        pack_panels<float>(team, w, out);
+    with_operand(w.precision, [&](auto operand) { pack_panels<decltype(operand)>(team, w, out); });
 }
 
 }  // namespace

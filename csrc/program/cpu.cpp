@@ -151,6 +151,7 @@ void run_program(const Program& program, int32_t* scratch) {
     const intptr_t bases[] = {0, 0, program.input, program.output};
     const int64_t words = program_scratch(program);
     run(program.threads, [&](const Team& team) {
+        const MatrixUnit unit;
         const int64_t each = program.images / team.size, shared = each * team.size;
         const Worker alone{team.rank, bases, scratch + team.rank * words};
         if (each > 0) run_images(Team{0, 1}, alone, program, team.rank * each, each);

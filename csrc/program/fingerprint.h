@@ -30,6 +30,7 @@ inline uint64_t fingerprint_of(const Region& region) {
     return found;
 }
 
+// On one thread: waking others takes as long.
 inline uint64_t fingerprint(const Region* regions, int64_t count) {
     uint64_t all = 0;
     for (int64_t i = 0; i < count; ++i) all = (all ^ fingerprint_of(regions[i])) * 0xd6e8feb86659fd93u;

@@ -56,17 +56,24 @@ CROSSVIT_INLINE Vec interleaved(Vec even, Vec odd) {
 
 // Memory of a thread, in words.
 struct AttentionMemory {
-    int64_t keys, values, queries, scores, weights, result, total;
+    int64_t keys, values, turned_values, queries, scores, weights, result, total;
 
     explicit AttentionMemory(const SelfAttentionStep& step) {
-        const int64_t d = rounded_up(step.head_channels, kLanes), n = step.tokens + 1;
+        // What a matrix unit reads and writes behind the end, too.
+        const int64_t d = rounded_up(step.head_channels, 32), n = rounded_up(step.tokens, 32) + 32;
         int64_t at = 0;
         const auto take = [&](int64_t words) {
             const int64_t place = at;
             at += rounded_up(words, 16);
             return place;
         };
-        keys = take(RowBlocks(step.tokens).count * packed_block(steps_of(step.precision, d)));
+        with_operand(step.precision, [&](auto operand) {
+            using Operand = decltype(operand);
+            const int64_t steps = steps_of<Operand>(step.tokens);
+            keys = take(RowBlocks<Operand>(step.tokens).count * packed_block<Operand>(steps_of<Operand>(d)));
+            turned_values =
+                take(kOnUnit<Operand> ? RowBlocks<Operand>(d).count * packed_block<Operand>(steps) : 0);
+        });
         values = take(n * d);
         queries = take((d + kLanes) * kTileColumns);
         scores = take(n * kTileColumns);
@@ -88,22 +95,48 @@ struct HeadAttention {
 
     float* floats(int64_t place) const { return reinterpret_cast<float*>(memory + place); }
 
+    // The left operands: rows of K, and columns of V.
     void pack_head() const {
-        const RowBlocks blocks(tokens);
-        const int64_t packed = packed_block(steps_of<Operand>(channels));
+        const RowBlocks<Operand> blocks(tokens);
+        const int64_t packed = packed_block<Operand>(steps_of<Operand>(channels));
         for (int64_t b = 0; b < blocks.count; ++b)
-            pack<Operand>(Source<T>{k + blocks.first(b) * row, row, blocks.size(b), channels, nullptr},
-                          memory + at.keys + b * packed, blocks.size(b));
+            pack_left<Operand>(Source<T>{k + blocks.first(b) * row, row, blocks.size(b), channels, nullptr},
+                               memory + at.keys + b * packed);
         const int64_t width = rounded_up(channels, kLanes), each = kOfAStep<Operand>;
-        for (int64_t n = 0; n < tokens; n += each)
+        for (int64_t n = 0; n < steps_of<Operand>(tokens) * each; n += each)
             for (int64_t c = 0; c < width; c += kLanes) {
-                const int64_t rest = channels - c < kLanes ? channels - c : kLanes;
+                const int64_t rest = channels - c;
                 const auto at_token = [&](int64_t i) {
                     if (i >= tokens) return Vec{};
-                    return rest == kLanes ? load(v + i * row + c) : load(v + i * row + c, rest);
+                    return rest >= kLanes ? load(v + i * row + c) : load(v + i * row + c, rest);
                 };
                 store(step_of(at_token(n), n + 1, at_token), floats(at.values) + n / each * width + c);
             }
+        if constexpr (kOnUnit<Operand>) turn_values();
+    }
+
+    // For a matrix unit, whose rows have their steps side by side.
+    void turn_values() const {
+        const RowBlocks<Operand> blocks(channels);
+        const int64_t steps = steps_of<Operand>(tokens), width = rounded_up(channels, kLanes);
+        for (int64_t b = 0; b < blocks.count; ++b)
+            for (int64_t step = 0; step < steps; step += kLanes)
+                for (int64_t r = 0; r < blocks.size(b); r += kLanes) {
+                    Vec turned[kLanes];
+                    const float* from = floats(at.values) + step * width + blocks.first(b) + r;
+                    CROSSVIT_UNROLL
+                    for (int i = 0; i < kLanes; ++i) turned[i] = load(from + i * width);
+                    transpose(turned);
+                    float* to = floats(at.turned_values) + (b * steps + step) * kUnitRows + r * kLanes;
+                    CROSSVIT_UNROLL
+                    for (int i = 0; i < kLanes; ++i) store(turned[i], to + i * kLanes);
+                }
+    }
+
+    const Word* values_of(const RowBlocks<Operand>& blocks, int64_t block) const {
+        if (kOnUnit<Operand>)
+            return memory + at.turned_values + block * packed_block<Operand>(steps_of<Operand>(tokens));
+        return memory + at.values + blocks.first(block);
     }
 
     // A row of steps: one row of numbers, or two next to each other.
@@ -130,7 +163,7 @@ struct HeadAttention {
         CROSSVIT_UNROLL
         for (int j = 0; j < Vectors; ++j) largest[j] *= by;
         constexpr int64_t each = kOfAStep<Operand>;
-        for (int64_t n = 0; n < tokens; n += each) CROSSVIT_UNROLL
+        for (int64_t n = 0; n < steps_of<Operand>(tokens) * each; n += each) CROSSVIT_UNROLL
         for (int j = 0; j < Vectors; ++j) {
             const auto weight = [&](int64_t i) {
                 if (i >= tokens) return Vec{};
@@ -148,12 +181,11 @@ struct HeadAttention {
     template <int Vectors>
     void attend(int64_t first, int64_t count) const {
         constexpr int64_t columns = Vectors * kLanes;
-        const int64_t steps = steps_of<Operand>(channels), packed = packed_block(steps);
-        const int64_t width = rounded_up(channels, kLanes);
+        const int64_t steps = steps_of<Operand>(channels), packed = packed_block<Operand>(steps);
         Word* queries = memory + at.queries;
-        pack<Operand>(Source<T>{q + first * row, row, count, channels, nullptr}, queries, columns);
+        pack_right<Operand>(Source<T>{q + first * row, row, count, channels, nullptr}, queries, columns);
         float* scores = floats(at.scores);
-        const RowBlocks blocks(tokens);
+        const RowBlocks<Operand> blocks(tokens), of_channels(channels);
         for (int64_t b = 0; b < blocks.count; ++b)
             multiply<Vectors, Operand>(blocks.size(b),
                                        Tile{memory + at.keys + b * packed, blocks.size(b), queries, steps,
@@ -162,12 +194,11 @@ struct HeadAttention {
         float* weights = sizeof(Operand) == 4 ? scores : floats(at.weights);
         softmax<Vectors>(scores, weights, inverse);
         float* result = floats(at.result);
-        const RowBlocks of_channels(channels);
         for (int64_t b = 0; b < of_channels.count; ++b)
-            multiply<Vectors, Operand>(
-                of_channels.size(b),
-                Tile{memory + at.values + of_channels.first(b), width, reinterpret_cast<const Word*>(weights),
-                     steps_of<Operand>(tokens), result + of_channels.first(b) * columns, columns});
+            multiply<Vectors, Operand>(of_channels.size(b),
+                                       Tile{values_of(of_channels, b), rounded_up(channels, kLanes),
+                                            reinterpret_cast<const Word*>(weights), steps_of<Operand>(tokens),
+                                            result + of_channels.first(b) * columns, columns});
         for (int j = 0; j < Vectors; ++j)
             for (int64_t c = 0; c < channels; c += kLanes) {
                 Vec turned[kLanes];
@@ -229,10 +260,9 @@ inline void run_step(const Team& team, const Worker& worker, const SelfAttention
     int32_t* memory = worker.scratch + team.rank * self_attention_scratch(step);
     with_type(step.qkv.dtype, [&](auto type) {
         using T = decltype(type);
-        if (step.precision == Precision::bfloat16)
-            attention_in<HalfOperand, T>(team, worker, step, image, memory);
-        else
-            attention_in<float, T>(team, worker, step, image, memory);
+        with_operand(step.precision, [&](auto operand) {
+            attention_in<decltype(operand), T>(team, worker, step, image, memory);
+        });
     });
 }
 
