@@ -156,12 +156,12 @@ class _Launcher:
         self.pairs: dict[Any, tuple[Any, Any]] = {}
         self.batch = directions[0]["patches"].shape[0]
         self.precision = precision_of_float32() if allows_tf32(architecture) else "ieee"
-        self.registers = register_limit(architecture)
+        self.architecture = architecture
 
     def rows(self, kernel: Any, programs: Callable[[dict[str, Any]], int], *args: Any) -> None:
         """A kernel of the chain, `programs` of a direction for each `buffers.ROWS` images."""
         blocks = -(-self.batch // buffers.ROWS.value) * max(programs(d) for d in self.directions)
-        self._launch(kernel, blocks, OfChain, args, **self._chain(self.config.block))
+        self._launch(kernel, blocks, OfChain, args, **self._chain(self.config.block, self.config.block_warps))
 
     def heads(self, kernel: Any, *args: Any) -> None:
         """A kernel of the chain whose programs are a head each; wide heads take fewer channels a step."""
@@ -173,9 +173,7 @@ class _Launcher:
         while block > buffers.ROWS.value and block * of_a_channel > _STEP_BYTES:
             block //= 2
         blocks = -(-self.batch // buffers.ROWS.value) * max(d["heads"].value for d in self.directions)
-        options = self._chain(block) | {"num_warps": self.config.head_warps}
-        if self.config.head_warps == 4:
-            options |= self.registers
+        options = self._chain(block, self.config.head_warps)
         self._launch(kernel, blocks, OfChain, args, **options)
 
     def tokens(self, kernel: Any, programs: int, *args: Any, **constants: bool) -> None:
@@ -188,7 +186,7 @@ class _Launcher:
         """The gradients of the parameters, `jobs` a direction; a program is a tile of the largest."""
         count = len(self.directions)
         tiles = max(self._largest_parameter(d) for d in self.directions)
-        options = self._chain(self.config.block) | self.registers
+        options = self._chain(self.config.block, self.config.block_warps)
         kernel[tiles, jobs * count](
             *self._pair(OfParameters),
             self.batch,
@@ -198,9 +196,14 @@ class _Launcher:
             **options,
         )
 
-    def _chain(self, block: int) -> dict[str, int]:
+    def _chain(self, block: int, warps: int) -> dict[str, int]:
         # Loads one step ahead: more does not fit beside wide heads on GPUs with 99 KB of shared memory.
-        return {"BLOCK": block, "num_warps": self.config.block_warps, "num_stages": 2}
+        return {
+            "BLOCK": block,
+            "num_warps": warps,
+            "num_stages": 2,
+            **register_limit(self.architecture, warps),
+        }
 
     def columns(self, width: int) -> int:
         """Programs that cover a width."""

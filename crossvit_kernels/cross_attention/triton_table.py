@@ -121,13 +121,13 @@ def head_warps(architecture: str, backward: bool) -> int:
     return 8 if not backward or nearest(architecture) in ("sm_100", "sm_120") else 4
 
 
-def register_limit(architecture: str) -> dict[str, int]:
-    """That of a thread in the chain's larger kernels of four warps, as options of a launch; AMD has none.
+def register_limit(architecture: str, warps: int) -> dict[str, int]:
+    """That of a thread in the chain's kernels of four warps, as options of a launch; AMD has none.
 
-    Without one, ptxas aims at 48 or 72 registers and keeps a predicate in memory. With 128, registers allow
-    four blocks on a multiprocessor, and shared memory or the grid hardly more.
+    Without one, ptxas aims at 48, 72 or 96 registers and keeps a predicate in memory. With 128, registers
+    allow four blocks on a multiprocessor, and shared memory or the grid hardly more.
     """
-    return {} if FAMILIES[nearest(architecture)] == "amd" else {"maxnreg": 128}
+    return {"maxnreg": 128} if warps == 4 and FAMILIES[nearest(architecture)] != "amd" else {}
 
 
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:
