@@ -26,8 +26,8 @@ CUDA_FAULTS = tuple(
         (
             "the variance of a slice counts the channels that fill it up",
             _TOKENS,
-            "const float a = c < end ? x.x - means[half] : 0.0f, b = c + 1 < end ? x.y - means[half] : 0.0f;",
-            "const float a = x.x - means[half], b = x.y - means[half];",
+            "const float centred = whole || c + i < place.channels ? x[i] - mean : 0.0f;",
+            "const float centred = x[i] - mean;",
         ),
         (
             "the slices' deviations are added without the distance of their means",
@@ -98,8 +98,8 @@ CUDA_FAULTS = tuple(
         (
             "a cluster's parts are merged with equal weights",
             _ATTEND,
-            "sum = fmaf(ptx::exp2(of_head[i * kNumbers] - largest), ptx::load_of_block(there), sum);",
-            "sum += ptx::load_of_block(there);",
+            "weights[i] = __shfl_sync(kAll, weight, i) * inverse;",
+            "weights[i] = inverse;",
         ),
         (
             "a block leaves its cluster while others read its memory",
@@ -122,7 +122,7 @@ CUDA_FAULTS = tuple(
         (
             "the attention's own gradient is lost",
             _ATTEND_BACKWARD,
-            "if (d.grad_attention) d_p += ",
+            "if (d.grad_attention && there) d_p += ",
             "if (d.grad_attention && n < 0) d_p += ",
         ),
         (
@@ -134,8 +134,8 @@ CUDA_FAULTS = tuple(
         (
             "the tokens' gradient is not centred",
             _ATTEND_BACKWARD,
-            "const float a = d_normed[e][2 * half] - plain[half] - x.x * against[half];",
-            "const float a = d_normed[e][2 * half] - x.x * against[half];",
+            "constant[half] = (in_place ? 0.0f : factor[half] * statistics[half].x) - plain[half];",
+            "constant[half] = in_place ? 0.0f : factor[half] * statistics[half].x;",
         ),
         (
             "more heads than eight replace the tokens' gradient",
@@ -146,8 +146,8 @@ CUDA_FAULTS = tuple(
         (
             "more heads than eight replace the gradient of the CLS token's row",
             _ATTEND_BACKWARD,
-            "row[c] = adds ? row[c] + value : value;",
-            "row[c] = value;",
+            "row[c + i] = adds ? row[c + i] + value : value;",
+            "row[c + i] = value;",
         ),
         (
             "what rounding leaves of the sum of ds is not taken off",
@@ -206,20 +206,20 @@ CUDA_FAULTS = tuple(
         (
             "the CLS token's gradient as a row of the attention is lost",
             _BACKWARD,
-            "+ Scratch::column(d, image, Scratch::DRow)[k] +",
-            "+",
+            "return d_y(row, k) + d_row(row, k) +",
+            "return d_y(row, k) +",
         ),
         (
             "gamma's gradient through the key is lost",
             _BACKWARD,
-            "d_gamma = fmaf(d_absorbed, Saved::key(d, image, head)[k], d_gamma);",
+            "d_gamma = fmaf(d_absorbed, key(row, k), d_gamma);",
             "d_gamma = d_gamma;",
         ),
         (
             "only the first part of the queries' gradients is added",
             _BACKWARD,
-            "for (int i = 0; i < parts; ++i) d_absorbed += Parts::row(d, image, i, head)[k];",
-            "for (int i = 0; i < 1; ++i) d_absorbed += Parts::row(d, image, i, head)[k];",
+            "for (int i = 0; i < parts; ++i, of_part += to_next_part)",
+            "for (int i = 0; i < 1; ++i, of_part += to_next_part)",
         ),
         (
             "sums over the batch take the first images only",

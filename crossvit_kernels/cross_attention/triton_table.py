@@ -124,10 +124,10 @@ def head_warps(architecture: str, backward: bool) -> int:
 def register_limit(architecture: str, warps: int) -> dict[str, int]:
     """That of a thread in the chain's kernels of four warps, as options of a launch; AMD has none.
 
-    Without one, ptxas aims at 48, 72 or 96 registers and keeps a predicate in memory. With 128, registers
-    allow four blocks on a multiprocessor, and shared memory or the grid hardly more.
+    Without one, ptxas aims at 48, 72 or 96 registers and keeps a predicate in memory. With 168, registers
+    allow three blocks on a multiprocessor, which shared memory or the grid allow hardly more of.
     """
-    return {"maxnreg": 128} if warps == 4 and FAMILIES[nearest(architecture)] != "amd" else {}
+    return {"maxnreg": 168} if warps == 4 and FAMILIES[nearest(architecture)] != "amd" else {}
 
 
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:

@@ -41,11 +41,19 @@ __device__ inline T from_float(float x) {
         return __float2bfloat16_rn(x);
 }
 
+// A pair of bfloat16 less another.
+__device__ inline uint32_t subtract_bfloat16(uint32_t x, uint32_t y) {
+    const __nv_bfloat162 difference =
+        __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&x), *reinterpret_cast<const __nv_bfloat162*>(&y));
+    return *reinterpret_cast<const uint32_t*>(&difference);
+}
+
 // Element i of a tensor whose storage type is known only now.
 __device__ inline float load_element(const void* data, Dtype dtype, int64_t i) {
     if (dtype == Dtype::float32) return static_cast<const float*>(data)[i];
-    if (dtype == Dtype::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
-    return to_float(static_cast<const __half*>(data)[i]);
+    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    return dtype == Dtype::bfloat16 ? __uint_as_float(uint32_t{bits} << 16)
+                                    : __half2float(__ushort_as_half(bits));
 }
 
 __device__ inline void store_element(void* data, Dtype dtype, int64_t i, float value) {

@@ -23,6 +23,11 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
+__device__ inline float warp_max(float x) {
+    for (int distance = kWarp / 2; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, distance));
+    return x;
+}
+
 // Over the four lanes that share a row of a product's result.
 __device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(kAll, x, 1);
@@ -51,11 +56,15 @@ struct OperandRows {
     __device__ uint32_t pair(int i, int c) const { return *reinterpret_cast<const uint32_t*>(row(i) + c); }
     // Where this lane's row of four matrices is: 16 rows, 16 columns from c on.
     __device__ uint32_t matrices(const Lane& at, int c) const {
-        return ptx::shared_address(row(at.lane % 16) + c + at.lane / 16 * 8);
+        return address(at.lane % 16, at.lane / 16 * 8) + c * static_cast<int>(sizeof(Operand<P>));
     }
-    // The same of the transposed matrices, those of the first 8 columns first.
+    // The same, matrices of the first 8 rows first: for operands that are transposed, and for right ones.
     __device__ uint32_t matrices_across(const Lane& at, int c) const {
-        return ptx::shared_address(row(at.lane % 8 + at.lane / 16 * 8) + c + at.lane / 8 % 2 * 8);
+        return address(at.lane % 8 + at.lane / 16 * 8, at.lane / 8 % 2 * 8) +
+               c * static_cast<int>(sizeof(Operand<P>));
+    }
+    __device__ uint32_t address(int i, int c) const {
+        return ptx::shared_address(data) + i * stride + c * static_cast<int>(sizeof(Operand<P>));
     }
 };
 
@@ -74,6 +83,15 @@ __device__ inline uint32_t pack(float first, float second) {
     return P == Product::bfloat16 ? ptx::pack_bfloat16(first, second) : ptx::pack_float16(first, second);
 }
 
+// The two elements of 16 bits in a register.
+template <Product P>
+__device__ inline float2 unpack(uint32_t pair) {
+    if constexpr (P == Product::bfloat16)
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    else
+        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // As the product sees it.
 template <Product P>
 __device__ inline float rounded(float x) {
@@ -83,19 +101,30 @@ __device__ inline float rounded(float x) {
         return to_float(from_float<Operand<P>>(x));
 }
 
+// The right operands of products of 16 bits with rows 0 to 7 and with rows 8 to 15, from `matrices_across`.
+__device__ inline void load_right(uint32_t (&b)[2][2], uint32_t row) {
+    uint32_t found[4];
+    ptx::load_matrices(found, row);
+    b[0][0] = found[0], b[0][1] = found[1];
+    b[1][0] = found[2], b[1][1] = found[3];
+}
+
 // sums [16, 8 Eights] += left [16, 16] right^T, of columns c to c + 15 of both.
 template <Product P, int Eights>
 __device__ void add_products(float (&sums)[Eights][4], const OperandRows<P>& left,
                              const OperandRows<P>& right, const Lane& at, int c) {
     const int g = at.g, t = at.t;
     if constexpr (sizeof(Operand<P>) == 2) {
-        uint32_t a[4];
+        uint32_t a[4], b[2][2];
         ptx::load_matrices(a, left.matrices(at, c));
-#pragma unroll
-        for (int e = 0; e < Eights; ++e) {
-            const uint32_t b[2] = {right.pair(8 * e + g, c + 2 * t), right.pair(8 * e + g, c + 8 + 2 * t)};
-            multiply<P>(sums[e], a, b);
+        if constexpr (Eights == 2) {
+            load_right(b, right.matrices_across(at, c));
+        } else {
+            b[0][0] = right.pair(g, c + 2 * t);
+            b[0][1] = right.pair(g, c + 8 + 2 * t);
         }
+#pragma unroll
+        for (int e = 0; e < Eights; ++e) multiply<P>(sums[e], a, b[e]);
     } else if constexpr (P == Product::tf32) {
 #pragma unroll
         for (int k = c; k < c + kInner; k += 8) {

@@ -10,7 +10,6 @@
 namespace crossvit {
 namespace {
 
-constexpr int64_t kMostParts = 8;    // blocks of a cluster that every GPU with clusters can run
 constexpr int64_t kLeastTiles = 2;   // of a part: less would be mostly the CLS token and the merging
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block takes besides its own
 

@@ -55,32 +55,53 @@ struct Softmax {
 // Lane 4 g + t has four tokens of head g in turn: the places of pairs in the right operand of a product.
 __device__ constexpr int token_of(int i, int t) { return 2 * t + i % 2 + i / 2 * 8; }
 
-// Scores of these tokens, summed over the slices.
-__device__ void read_scores(const float* scores, int stride, const Place& place, float (&found)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) found[i] = 0.0f;
-    for (int w = 0; w < place.warps; ++w) {
-        const float* of_warp = scores + (w * kTokens + 2 * place.t) * stride + place.g;
-        found[0] += of_warp[0];
-        found[1] += of_warp[stride];
-        found[2] += of_warp[8 * stride];
-        found[3] += of_warp[9 * stride];
-    }
+// Scores pass from warp to warp as rows of heads, in which the four tokens of a lane are neighbours.
+constexpr int kScoreStride = kTokens + 4;
+static_assert(kHeads * kScoreStride <= kSliceScores);
+
+// Leaves a slice's part of the scores.
+__device__ void leave_scores(float* scores, const float (&sums)[4], const Place& place) {
+    float* mine =
+        scores + place.warp * kSliceScores + 2 * place.t * kScoreStride + place.g / 2 * 4 + place.g % 2;
+    mine[0] = sums[0];
+    mine[kScoreStride] = sums[1];
+    mine[2] = sums[2];
+    mine[kScoreStride + 2] = sums[3];
 }
 
-// The weights of a tile's tokens, as the product with the tokens wants them. `memory` is for operands of 32
-// bits.
+// Scores of this lane's tokens, summed over the slices.
+__device__ void read_scores(const float* scores, const Place& place, float (&found)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found[i] = 0.0f;
+    place.each_warp([&](int w) {
+        const float4 of_warp = *reinterpret_cast<const float4*>(scores + w * kSliceScores +
+                                                                place.g * kScoreStride + 4 * place.t);
+        found[0] += of_warp.x;
+        found[1] += of_warp.y;
+        found[2] += of_warp.z;
+        found[3] += of_warp.w;
+    });
+}
+
+// The weights of a tile's tokens, as the product with the tokens wants them, and rounds them. `memory` is for
+// operands of 32 bits.
 template <Product P>
-__device__ TokenWeights<P> weights_of_lanes(const float (&p)[4], char* memory, int stride,
-                                            const Place& place) {
+__device__ TokenWeights<P> weights_of_lanes(float (&p)[4], char* memory, int stride, const Place& place) {
     TokenWeights<P> weights;
     if constexpr (sizeof(Operand<P>) == 2) {
-        weights.pairs[0] = pack<P>(p[0], p[1]);
-        weights.pairs[1] = pack<P>(p[2], p[3]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            weights.pairs[i] = pack<P>(p[2 * i], p[2 * i + 1]);
+            const float2 seen = unpack<P>(weights.pairs[i]);
+            p[2 * i] = seen.x, p[2 * i + 1] = seen.y;
+        }
     } else {
         float* mine = reinterpret_cast<float*>(memory) + place.warp * kTokens * stride;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mine[token_of(i, place.t) * stride + place.g] = p[i];
+        for (int i = 0; i < 4; ++i) {
+            p[i] = rounded<P>(p[i]);
+            mine[token_of(i, place.t) * stride + place.g] = p[i];
+        }
         weights.memory = mine;
         weights.stride = stride;
         __syncwarp();
@@ -109,26 +130,30 @@ __device__ void merge_cluster(const Direction& d, int64_t image, int64_t head, i
     __syncthreads();
     const int share = (place.width + blocks - 1) / blocks, end = min((rank + 1) * share, place.width);
     for (int h = place.warp; h < heads; h += place.warps) {
-        const float* of_head = numbers + 3 * h;
-        float largest = -INFINITY, total = 0.0f, kept_total = 0.0f;
-        for (int i = 0; i < blocks; ++i) largest = fmaxf(largest, of_head[i * kNumbers]);
-        for (int i = 0; i < blocks; ++i) {
-            const float weight = ptx::exp2(of_head[i * kNumbers] - largest);
-            total = fmaf(weight, of_head[i * kNumbers + 1], total);
-            kept_total = fmaf(weight, of_head[i * kNumbers + 2], kept_total);
-        }
+        // A lane has a block.
+        const float* of_block = numbers + place.lane * kNumbers + 3 * h;
+        const bool there = place.lane < blocks;
+        const float mine = there ? of_block[0] : -INFINITY, largest = warp_max(mine);
+        const float weight = ptx::exp2(mine - largest);
+        const float total = warp_sum(there ? weight * of_block[1] : 0.0f);
+        const float kept_total = warp_sum(there ? weight * of_block[2] : 0.0f);
+        const float inverse = __fdividef(1.0f, total);
+        float weights[kMostParts];
+#pragma unroll
+        for (int i = 0; i < kMostParts; ++i) weights[i] = __shfl_sync(kAll, weight, i) * inverse;
         for (int c = rank * share + place.lane; c < end; c += kWarp) {
             float sum = 0.0f;
-#pragma unroll 4
-            for (int i = 0; i < blocks; ++i) {
-                const uint32_t there = ptx::shared_of_block(here + 4 * (h * channels + c), i);
-                sum = fmaf(ptx::exp2(of_head[i * kNumbers] - largest), ptx::load_of_block(there), sum);
+#pragma unroll
+            for (int i = 0; i < kMostParts; ++i) {
+                if (i >= blocks) break;
+                const uint32_t from = ptx::shared_of_block(here + 4 * (h * channels + c), i);
+                sum = fmaf(weights[i], ptx::load_of_block(from), sum);
             }
-            Saved::z(d, image, head + h)[c] = sum / total;
+            Saved::z(d, image, head + h)[c] = sum;
         }
         if (rank == 0 && place.lane == 0) {
             Saved::log_sum(d, image)[head + h] = largest + log2f(total);
-            Saved::kept_sum(d, image)[head + h] = d.seed ? kept_total / total : 1.0f;
+            Saved::kept_sum(d, image)[head + h] = d.seed ? kept_total * inverse : 1.0f;
         }
     }
     ptx::cluster_barrier();  // nobody leaves while others read its memory
@@ -140,9 +165,9 @@ template <Product P, bool AsIs>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) char shared[];
     const Direction& d = call.item[blockIdx.y];
-    const int tiles = static_cast<int>((d.heads + kHeads - 1) / kHeads);
-    const int64_t program = blockIdx.x / d.splits, split = blockIdx.x % d.splits;
-    const int64_t image = program / tiles, head = program % tiles * kHeads;
+    const unsigned tiles = (static_cast<unsigned>(d.heads) + kHeads - 1) / kHeads;
+    const unsigned splits = static_cast<unsigned>(d.splits), split = blockIdx.x % splits;
+    const int64_t image = blockIdx.x / splits / tiles, head = blockIdx.x / splits % tiles * kHeads;
     if (image >= d.batch) return;  // the whole block, and the whole cluster
     const Place place(d.width);
     const int g = place.g, t = place.t, heads = static_cast<int>(min(d.heads - head, int64_t{kHeads}));
@@ -152,10 +177,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
     const SharedLayout layout(d.width, tokens.size, sizeof(Operand<P>), AsIs, kHeads, false, place.warps,
                               stages);
     const bool in_place = AsIs || SharedLayout::in_place(tokens.size, sizeof(Operand<P>));
-    float* normed_cls = reinterpret_cast<float*>(shared + layout.normed_cls);
-    float2* first_sums = reinterpret_cast<float2*>(shared + layout.statistics);
+    float* scores = reinterpret_cast<float*>(shared + layout.scores);
+    float2* moments = reinterpret_cast<float2*>(shared + layout.statistics);
+    // The first tile has the first of two buffers: what is read before it may be in the second.
+    float* other_scores = scores + place.warps * kSliceScores;
+    float2* other_moments = moments + place.warps * kTokens;
     const OperandRows<P> queries{shared + layout.queries, layout.operand_stride};
-    const Part part(d.patches, split, d.splits);
+    const Part part(d.patches, split, splits);
     TileLoader loader(shared, layout, place, tokens, none, d.width, part.begin, part.end, stages);
 
     loader.prepare();
@@ -164,17 +192,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
     __syncthreads();
     for (int i = 0; i < stages - 1; ++i) loader.start_next();
 
-    normalise_cls(d, image, call.eps, place, normed_cls);
-    __syncwarp();
-    fill_queries<P, kHeads>(queries, d, normed_cls, place, first_sums,
-                            [&](int h) { return h < heads ? Saved::key(d, image, head + h) : nullptr; });
+    float* normed_cls = scores + place.warp * kSliceScores;
+    float* gammas = normed_cls + kProducts * kChannels;
+    normalise_cls(d, image, call.eps, place, other_moments, normed_cls, gammas);
+    float2* first_sums = reinterpret_cast<float2*>(other_scores);
+    fill_queries<P, 1>(queries, normed_cls, gammas, place, first_sums,
+                       [&](int h) { return h < heads ? Saved::key(d, image, head + h) : nullptr; });
+    uint32_t held_queries[kProducts][2];  // of 16 bits: they stay in registers
+    if constexpr (sizeof(Operand<P>) == 2)
+        place.each_product([&](int k, int c) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) held_queries[k][i] = queries.pair(g, c + 8 * i + 2 * t);
+        });
     __syncthreads();
-    float query_sum = 0.0f, first_score = 0.0f;
-    for (int w = 0; w < place.warps; ++w) {
-        query_sum += first_sums[w * kHeads + g].x;
-        first_score += first_sums[w * kHeads + g].y;
-    }
-    __syncthreads();  // the moments of the tokens go to the same place
+    const float2 of_query = sums_of_row(first_sums, kHeads, g, place);
+    const float query_sum = of_query.x, first_score = of_query.y;
 
     // The CLS token is the first row of the first part.
     const bool leads = split == 0;
@@ -192,17 +224,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
     for (int k = 0; k < kProducts; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = place.first + k * kChannels + g + i / 2 * 8;
+            const int c = k * kChannels + g + i / 2 * 8;
             z[k][i] = k < place.products ? normed_cls[c] * kept_columns[i % 2] : 0.0f;
         }
 
-    float* scores = reinterpret_cast<float*>(shared + layout.scores);
-    float2* moments = reinterpret_cast<float2*>(shared + layout.statistics);
     int buffer = 0;  // of two, so that warps that are ahead write elsewhere
 #pragma unroll 1
     for (bool begun = false; loader.has_tile(); loader.advance(), buffer ^= 1, begun = true) {
-        float* tile_scores = scores + buffer * place.warps * kTokens * layout.score_stride;
-        float2* tile_moments = moments + buffer * place.warps * kTokens;
+        float* tile_scores = buffer ? other_scores : scores;
+        float2* tile_moments = buffer ? other_moments : moments;
         if (stages == 1) {
             if (begun) __syncthreads();
             loader.start_next();
@@ -210,26 +240,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
         loader.wait();
         char* tile = loader.tile();
         const int rows = loader.rows();
+        if (rows < kTokens) loader.clear_rows_behind();
         if (copy.data && head == 0) store_rows(copy, loader.first(), tile, layout.token_stride, rows, place);
         OperandRows<P> operands{in_place ? tile : shared + layout.operands,
                                 in_place ? layout.token_stride : layout.operand_stride};
 
-        if constexpr (AsIs) leave_moments<__nv_bfloat16>(tile, layout.token_stride, place, tile_moments);
-        if constexpr (!AsIs) {
+        float sums[1][4] = {};
+        const auto query = [&](int k, uint32_t (&b)[1][2]) {
+            b[0][0] = held_queries[k][0], b[0][1] = held_queries[k][1];
+        };
+        if constexpr (AsIs) {
+            multiply_as_is<1>(sums, operands, place, tile_moments, query);
+        } else {
             leave_moments(tile, layout.token_stride, d.tokens, place, tile_moments);
             __syncthreads();
             float2 of_rows[2];
             row_statistics(tile_moments, rows, call.eps, place, of_rows);
             normalise_tile<P>(tile, layout.token_stride, d.tokens, operands, of_rows, place);
+            place.each_product([&](int, int c) { add_products<P, 1>(sums, operands, queries, place, c); });
         }
-        float sums[1][4] = {};
-#pragma unroll
-        for (int k = 0; k < kProducts; ++k)
-            if (k < place.products)
-                add_products<P, 1>(sums, operands, queries, place, place.first + k * kChannels);
-        float* mine = tile_scores + (place.warp * kTokens + g) * layout.score_stride + 2 * t;
-        *reinterpret_cast<float2*>(mine) = make_float2(sums[0][0], sums[0][1]);
-        *reinterpret_cast<float2*>(mine + 8 * layout.score_stride) = make_float2(sums[0][2], sums[0][3]);
+        leave_scores(tile_scores, sums[0], place);
 #if __CUDA_ARCH__ >= 900
         if (!AsIs && in_place) ptx::fence_copy_engine();
 #endif
@@ -241,7 +271,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
             statistics = token_statistics(tile_moments, rows, place.lane % kTokens, call.eps, place);
 
         float p[4], shift[4], scale[4];
-        read_scores(tile_scores, layout.score_stride, place, p);
+        read_scores(tile_scores, place, p);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int n = token_of(i, t);
@@ -252,24 +282,28 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
             if (n >= rows) p[i] = -INFINITY;
         }
         const float rescale = of.advance(p);
+        if (d.seed)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (d.seed) p[i] *= kept(call, d, image, head + g, 1 + loader.first() + token_of(i, t));
-            of.kept_total += p[i];
-            p[i] = rounded<P>(p[i] * scale[i]);
-            of.shift = fmaf(p[i], shift[i], of.shift);
-        }
+            for (int i = 0; i < 4; ++i) {
+                p[i] *= kept(call, d, image, head + g, 1 + loader.first() + token_of(i, t));
+                of.kept_total += p[i];
+            }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[i] *= scale[i];
         const TokenWeights<P> weights =
             weights_of_lanes<P>(p, shared + layout.weights, layout.score_stride, place);
-        float rescales[2];
-        of_columns(rescale, t, rescales);
+        if constexpr (AsIs)
 #pragma unroll
-        for (int k = 0; k < kProducts; ++k)
-            if (k < place.products) {
+            for (int i = 0; i < 4; ++i) of.shift = fmaf(p[i], shift[i], of.shift);
+        if (__any_sync(kAll, rescale != 1.0f)) {
+            float rescales[2];
+            of_columns(rescale, t, rescales);
+            place.each_product([&](int k, int) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) z[k][i] *= rescales[i % 2];
-                add_weighted_tokens<P>(z[k], operands, weights, place, place.first + k * kChannels);
-            }
+            });
+        }
+        add_weighted_tokens<P>(z, operands, weights, place);
     }
 
     of.reduce();
@@ -292,7 +326,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) attend_kernel(const __gr
     }
 #endif
     // A part without tokens has no sum.
-    const float inverse = of.total > 0.0f ? 1.0f / of.total : 0.0f;
+    const float inverse = of.total > 0.0f ? __fdividef(1.0f, of.total) : 0.0f;
     of_columns(inverse, t, scales);
     const bool alone = d.parts == nullptr;
     float* to = alone ? Saved::z(d, image, head) : Parts::row(d, image, split, head);

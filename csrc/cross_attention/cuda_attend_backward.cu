@@ -32,38 +32,58 @@ struct Coefficients {
 __device__ Coefficients softmax_backward(const Call& call, const Direction& d, int64_t image, int64_t head,
                                          int64_t n, bool there, float score, float d_p, float log_sum,
                                          float softmax_sum, float d_kept_sum) {
-    if (!there) return {0.0f, 0.0f};
-    const float p = ptx::exp2(score - log_sum);
+    const float p = there ? ptx::exp2(score - log_sum) : 0.0f;
     float kept_p = p;
     if (d.seed) {
         const float factor = kept(call, d, image, head, n);
         kept_p *= factor;
         d_p = (d_p + d_kept_sum) * factor;
     }
-    if (d.grad_attention) d_p += d.grad_attention[(image * d.heads + head) * (d.patches + 1) + n];
+    if (d.grad_attention && there) d_p += d.grad_attention[(image * d.heads + head) * (d.patches + 1) + n];
     return {kLn2 * p * (d_p - softmax_sum), kept_p};
 }
 
-// sums [16 tokens, 16 channels] = E G; `scores` and `kept` are E in this lane's places, `memory` all of it.
+// E of a tile: ds and p of rows g and g + 8 and of heads 2 t and 2 t + 1, rounded as products see them.
 template <Product P>
-__device__ void multiply_coefficients(float (&sums)[2][4], const float (&scores)[4], const float (&kept)[4],
-                                      const float* memory, int stride, const OperandRows<P>& pairs,
-                                      const Place& place, int c) {
+struct TileCoefficients {
+    float d_scores[4], kept[4];
+    uint32_t pairs[4];    // of 16 bits: the same, ds first
+    const float* memory;  // of 32 bits: all of E, a row a token
+    int stride;
+
+    __device__ void round() {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(Operand<P>) == 2) {
+                float* pair = i < 2 ? d_scores + 2 * i : kept + 2 * (i - 2);
+                pairs[i] = pack<P>(pair[0], pair[1]);
+                const float2 seen = unpack<P>(pairs[i]);
+                pair[0] = seen.x, pair[1] = seen.y;
+            } else {
+                d_scores[i] = rounded<P>(d_scores[i]);
+                kept[i] = rounded<P>(kept[i]);
+            }
+        }
+    }
+};
+
+// sums [16 tokens, 16 channels] += E G
+template <Product P>
+__device__ void multiply_coefficients(float (&sums)[2][4], const TileCoefficients<P>& of,
+                                      const OperandRows<P>& pairs, const Place& place, int c) {
     const int g = place.g, t = place.t;
     if constexpr (sizeof(Operand<P>) == 2) {
-        const uint32_t a[4] = {pack<P>(scores[0], scores[1]), pack<P>(scores[2], scores[3]),
-                               pack<P>(kept[0], kept[1]), pack<P>(kept[2], kept[3])};
         uint32_t b[4];
         ptx::load_matrices_transposed(b, pairs.matrices(place, c));
         const uint32_t near[2] = {b[0], b[1]}, far[2] = {b[2], b[3]};
-        multiply<P>(sums[0], a, near);
-        multiply<P>(sums[1], a, far);
+        multiply<P>(sums[0], of.pairs, near);
+        multiply<P>(sums[1], of.pairs, far);
     } else if constexpr (P == Product::tf32) {
         // Heads 2 t and 2 t + 1 are in this lane: the sum over them may take them in any order.
-        const uint32_t a[2][4] = {{__float_as_uint(scores[0]), __float_as_uint(scores[2]),
-                                   __float_as_uint(scores[1]), __float_as_uint(scores[3])},
-                                  {__float_as_uint(kept[0]), __float_as_uint(kept[2]),
-                                   __float_as_uint(kept[1]), __float_as_uint(kept[3])}};
+        const uint32_t a[2][4] = {{__float_as_uint(of.d_scores[0]), __float_as_uint(of.d_scores[2]),
+                                   __float_as_uint(of.d_scores[1]), __float_as_uint(of.d_scores[3])},
+                                  {__float_as_uint(of.kept[0]), __float_as_uint(of.kept[2]),
+                                   __float_as_uint(of.kept[1]), __float_as_uint(of.kept[3])}};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -79,7 +99,7 @@ __device__ void multiply_coefficients(float (&sums)[2][4], const float (&scores)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const float2 pair = *reinterpret_cast<const float2*>(pairs.row(k) + c + 8 * e + 2 * t);
-                const float x = memory[g * stride + k], y = memory[(g + 8) * stride + k];
+                const float x = of.memory[g * of.stride + k], y = of.memory[(g + 8) * of.stride + k];
                 sums[e][0] = fmaf(x, pair.x, sums[e][0]);
                 sums[e][1] = fmaf(x, pair.y, sums[e][1]);
                 sums[e][2] = fmaf(y, pair.x, sums[e][2]);
@@ -94,20 +114,35 @@ template <Product P>
 __device__ void store_cls_row(const Direction& d, int64_t image, bool adds, float coefficient, float sum,
                               float product, const OperandRows<P>& pairs, const float* normed, float rstd,
                               const Place& place) {
-    const float width = static_cast<float>(d.width);
-    const float plain = warp_sum(coefficient * sum) / width,
-                against = warp_sum(coefficient * product) / width;
+    const float plain = warp_sum(coefficient * sum) * place.inverse_width,
+                against = warp_sum(coefficient * product) * place.inverse_width;
     float* row = Scratch::column(d, image, Scratch::DRow);
-    for (int at = 0; at < place.channels; at += kWarp) {  // whole warps, for the shuffles
-        const int c = place.first + min(at + place.lane, place.channels - 1);
-        float d_normed = 0.0f;
-        for (int k = 0; k < 2 * kHeads; ++k)
-            d_normed = fmaf(__shfl_sync(kAll, coefficient, k), to_float(pairs.row(k)[c]), d_normed);
-        if (at + place.lane < place.channels) {
-            const float value = rstd * (d_normed - plain - normed[c] * against);
-            row[c] = adds ? row[c] + value : value;
+    float coefficients[2 * kHeads];
+#pragma unroll
+    for (int k = 0; k < 2 * kHeads; ++k) coefficients[k] = __shfl_sync(kAll, coefficient, k);
+    const int end = place.first + place.channels;
+    for (int c = place.first + 2 * place.lane; c < end; c += 2 * kWarp) {
+        float2 sums = {};
+#pragma unroll
+        for (int k = 0; k < 2 * kHeads; ++k) {
+            const float2 x = load_pair<Operand<P>>(reinterpret_cast<const char*>(pairs.row(k) + c));
+            sums = make_float2(fmaf(coefficients[k], x.x, sums.x), fmaf(coefficients[k], x.y, sums.y));
+        }
+        const float d_normed[2] = {sums.x, sums.y};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (c + i >= end) break;
+            const float value = rstd * (d_normed[i] - plain - normed[c + i - place.first] * against);
+            row[c + i] = adds ? row[c + i] + value : value;
         }
     }
+}
+
+// Channels `column` and the next of a token's incoming gradient, before `end`.
+__device__ float2 pair_of_row(const TokenRows& rows, Dtype dtype, int64_t n, int column, int end) {
+    if (rows.wide && column < end) return load_pair(rows.row(n) + column * rows.size, dtype);
+    return make_float2(column < end ? load_element(rows.at(n, column), dtype, 0) : 0.0f,
+                       column + 1 < end ? load_element(rows.at(n, column + 1), dtype, 0) : 0.0f);
 }
 
 // A barrier after which tiles that were written here may be loaded again.
@@ -118,21 +153,13 @@ __device__ void release_tiles() {
     __syncthreads();
 }
 
-// Zeros in the slice of the rows from `first` on.
-__device__ void clear_rows(char* tile, int stride, int first, const Place& place, int size) {
-    for (int row = first; row < kTokens; ++row)
-        for (int at = place.first * size + 4 * place.lane; at < (place.first + place.channels) * size;
-             at += 4 * kWarp)
-            *reinterpret_cast<uint32_t*>(tile + row * stride + at) = 0;
-    __syncwarp();
-}
-
 template <Product P, bool AsIs>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     attend_backward_kernel(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) char shared[];
     const Direction& d = call.item[blockIdx.y];
-    const int64_t image = blockIdx.x / d.splits, split = blockIdx.x % d.splits, head = call.tile * kHeads;
+    const unsigned splits = static_cast<unsigned>(d.splits), split = blockIdx.x % splits;
+    const int64_t image = blockIdx.x / splits, head = call.tile * kHeads;
     if (image >= d.batch || head >= d.heads) return;
     const Place place(d.width);
     const int g = place.g, t = place.t, heads = static_cast<int>(min(d.heads - head, int64_t{kHeads}));
@@ -150,10 +177,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
                               stages);
     const bool in_place = !AsIs && SharedLayout::in_place(tokens.size, sizeof(Operand<P>));
     const bool apart = !AsIs && !in_place;
-    float* normed_cls = reinterpret_cast<float*>(shared + layout.normed_cls);
-    float2* first_sums = reinterpret_cast<float2*>(shared + layout.statistics);
+    float* scores = reinterpret_cast<float*>(shared + layout.scores);
+    float2* moments = reinterpret_cast<float2*>(shared + layout.statistics);
+    // The first tile has the first of two buffers: what is read before it may be in the second.
+    float* other_scores = scores + place.warps * kSliceScores;
+    float2* other_moments = moments + place.warps * kTokens;
     const OperandRows<P> pairs{shared + layout.queries, layout.operand_stride};
-    const Part part(d.patches, split, d.splits);
+    const Part part(d.patches, split, splits);
     TileLoader loader(shared, layout, place, tokens, brought, d.width, part.begin, part.end, stages);
 
     loader.prepare();
@@ -162,22 +192,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     __syncthreads();
     for (int i = 0; i < stages - 1; ++i) loader.start_next();
 
-    const float cls_rstd = normalise_cls(d, image, call.eps, place, normed_cls);
-    __syncwarp();
-    fill_queries<P, 2 * kHeads>(pairs, d, normed_cls, place, first_sums, [&](int row) -> const float* {
+    float* normed_cls = scores + place.warp * kSliceScores;
+    float* gammas = normed_cls + kProducts * kChannels;
+    const float cls_rstd = normalise_cls(d, image, call.eps, place, other_moments, normed_cls, gammas);
+    float2* first_sums = reinterpret_cast<float2*>(other_scores);
+    fill_queries<P, 2>(pairs, normed_cls, gammas, place, first_sums, [&](int row) -> const float* {
         const int h = row % kHeads;
         if (h >= heads) return nullptr;
         return row < kHeads ? Saved::key(d, image, head + h)
                             : Scratch::of_head(d, image, Scratch::DU, head + h);
     });
     __syncthreads();
-    float2 of_row = {};  // of row lane % 16
-    for (int w = 0; w < place.warps; ++w) {
-        const float2 of_warp = first_sums[w * 2 * kHeads + place.lane % 16];
-        of_row.x += of_warp.x;
-        of_row.y += of_warp.y;
-    }
-    __syncthreads();  // the moments of the tokens go to the same place
+    const float2 of_row = sums_of_row(first_sums, 2 * kHeads, place.lane % 16, place);
     Heads of;
     const float *log_sums = Saved::log_sum(d, image) + head, *sums = Scratch::softmax_sum(d, image) + head;
     const float* d_sums = Scratch::d_kept_sum(d, image) + head;
@@ -214,17 +240,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     for (int k = 0; k < kProducts; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = place.first + k * kChannels + g + i / 2 * 8;
+            const int c = k * kChannels + g + i / 2 * 8;
             d_queries[k][i] = k < place.products ? normed_cls[c] * of_columns[i % 2] : 0.0f;
         }
 
-    float* scores = reinterpret_cast<float*>(shared + layout.scores);
-    float2* moments = reinterpret_cast<float2*>(shared + layout.statistics);
     int buffer = 0;  // of two, so that warps that are ahead write elsewhere
 #pragma unroll 1
     for (bool begun = false; loader.has_tile(); loader.advance(), buffer ^= 1, begun = true) {
-        float* tile_scores = scores + buffer * place.warps * kTokens * layout.score_stride;
-        float2* tile_moments = moments + buffer * place.warps * kTokens;
+        float* tile_scores = buffer ? other_scores : scores;
+        float2* tile_moments = buffer ? other_moments : moments;
         if (stages == 1) {
             if (begun) release_tiles();
             loader.start_next();
@@ -232,124 +256,154 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
         loader.wait();
         char* tile = loader.tile();
         const int rows = loader.rows();
-        // Else they hold gradients, of which one that is not finite would spread.
-        if (rows < kTokens) clear_rows(tile, layout.token_stride, rows, place, tokens.size);
+        if (rows < kTokens) loader.clear_rows_behind();
         const OperandRows<P> operands{apart ? shared + layout.operands : tile,
                                       apart ? layout.operand_stride : layout.token_stride};
 
-        if constexpr (AsIs)
-            leave_moments<__nv_bfloat16>(tile, layout.token_stride, place, tile_moments);
-        else
-            leave_moments(tile, layout.token_stride, d.tokens, place, tile_moments);
         float2 statistics[2];  // of rows g and g + 8
-        if constexpr (!AsIs) {
+        float products[2][4] = {};
+        if constexpr (AsIs) {
+            multiply_as_is<2>(products, operands, place, tile_moments,
+                              [&, begin = pairs.matrices_across(place, place.first)](
+                                  int k, uint32_t (&b)[2][2]) { load_right(b, begin + k * kChannels * 2); });
+        } else {
+            leave_moments(tile, layout.token_stride, d.tokens, place, tile_moments);
             __syncthreads();
             row_statistics(tile_moments, rows, call.eps, place, statistics);
             normalise_tile<P>(tile, layout.token_stride, d.tokens, operands, statistics, place);
+            place.each_product([&](int, int c) { add_products<P, 2>(products, operands, pairs, place, c); });
         }
-        float products[2][4] = {};
-#pragma unroll
-        for (int k = 0; k < kProducts; ++k)
-            if (k < place.products)
-                add_products<P, 2>(products, operands, pairs, place, place.first + k * kChannels);
-        float* mine = tile_scores + (place.warp * kTokens + g) * layout.score_stride + 2 * t;
+        // Every warp needs of the others what it has itself, in the same lanes.
+        const auto place_of = [&](int w, int e) {
+            return reinterpret_cast<float4*>(tile_scores) + (2 * w + e) * kWarp + place.lane;
+        };
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<float2*>(mine + 8 * half * layout.score_stride + 8 * e) =
-                    make_float2(products[e][2 * half], products[e][2 * half + 1]);
+            *place_of(place.warp, e) =
+                make_float4(products[e][0], products[e][1], products[e][2], products[e][3]);
         release_tiles();
         if (stages > 1) loader.start_next();
         if constexpr (AsIs) row_statistics(tile_moments, rows, call.eps, place, statistics);
 
-        // E, rounded as products see it, and the means that the gradient of LayerNorm takes off.
-        float d_scores[4], kept_p[4], weights[4], plain[2], against[2];
+        float sums[2][4] = {};
+        place.each_warp([&](int w) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float4 of_warp = *place_of(w, e);
+                sums[e][0] += of_warp.x;
+                sums[e][1] += of_warp.y;
+                sums[e][2] += of_warp.z;
+                sums[e][3] += of_warp.w;
+            }
+        });
+
+        // E, times 1 / sqrt(variance + eps) where tokens are multiplied as they are.
+        TileCoefficients<P> of_tile;
+        float scale[2], shift[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int n = g + 8 * half;
-            const float shift = AsIs ? statistics[half].x : 0.0f, scale = AsIs ? statistics[half].y : 1.0f;
-            const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-            float2 query = {}, d_z = {};
-            for (int w = 0; w < place.warps; ++w) {
-                const float* from = tile_scores + (w * kTokens + n) * layout.score_stride + 2 * t;
-                const float2 a = *reinterpret_cast<const float2*>(from);
-                const float2 b = *reinterpret_cast<const float2*>(from + kHeads);
-                query = make_float2(query.x + a.x, query.y + a.y);
-                d_z = make_float2(d_z.x + b.x, d_z.y + b.y);
-            }
-            const float score[2] = {query.x, query.y}, d_p[2] = {d_z.x, d_z.y};
+            shift[half] = AsIs ? statistics[half].x : 0.0f;
+            scale[half] = AsIs ? statistics[half].y : 1.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = g + i / 2 * 8, h = 2 * t + i % 2;
+            sums[0][i] = scale[i / 2] * (sums[0][i] - shift[i / 2] * of.query_sum[i % 2]);
+            sums[1][i] = scale[i / 2] * (sums[1][i] - shift[i / 2] * of.d_z_sum[i % 2]);
+            const Coefficients found = softmax_backward(
+                call, d, image, head + h, 1 + loader.first() + n, n < rows && h < heads, sums[0][i],
+                sums[1][i], of.log_sum[i % 2], of.softmax_sum[i % 2], of.d_kept_sum[i % 2]);
+            of_tile.d_scores[i] = found.d_score * scale[i / 2];
+            of_tile.kept[i] = found.kept_p * scale[i / 2];
+        }
+        of_tile.round();
+
+        // The means that the gradient of LayerNorm takes off.
+        float plain[2], against[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float inverse = scale[half] > 0.0f ? __fdividef(1.0f, scale[half]) : 0.0f;
             plain[half] = against[half] = 0.0f;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float x = scale * (score[i] - shift * of.query_sum[i]);
-                const float y = scale * (d_p[i] - shift * of.d_z_sum[i]);
-                const bool there = n < rows && 2 * t + i < heads;
-                const Coefficients found =
-                    softmax_backward(call, d, image, head + 2 * t + i, 1 + loader.first() + n, there, x, y,
-                                     of.log_sum[i], of.softmax_sum[i], of.d_kept_sum[i]);
-                const float seen = rounded<P>(found.d_score * scale);
-                weights[2 * half + i] = seen;
-                shifts[i] = fmaf(seen, shift, shifts[i]);
-                excess[i] = fmaf(seen, inverse, excess[i]);
-                const float ds = rounded<P>(found.d_score), p = rounded<P>(found.kept_p);
-                d_scores[2 * half + i] = ds;
-                kept_p[2 * half + i] = p;
+                const float ds = of_tile.d_scores[2 * half + i], p = of_tile.kept[2 * half + i];
+                shifts[i] = fmaf(ds, shift[half], shifts[i]);
+                excess[i] = fmaf(ds, inverse, excess[i]);
                 plain[half] = fmaf(ds, of.query_sum[i], fmaf(p, of.d_z_sum[i], plain[half]));
-                against[half] = fmaf(ds, x, fmaf(p, y, against[half]));
+                against[half] =
+                    fmaf(ds, sums[0][2 * half + i], fmaf(p, sums[1][2 * half + i], against[half]));
             }
-            plain[half] = quad_sum(plain[half]) / static_cast<float>(d.width);
-            against[half] = quad_sum(against[half]) / static_cast<float>(d.width);
+            plain[half] = quad_sum(plain[half]) * place.inverse_width;
+            against[half] = quad_sum(against[half]) * place.inverse_width;
         }
         TokenWeights<P> of_tokens;
-        float* memory =
-            reinterpret_cast<float*>(shared + layout.weights) + place.warp * kTokens * layout.score_stride;
         if constexpr (sizeof(Operand<P>) == 2) {
-            of_tokens.pairs[0] = ptx::transposed(pack<P>(weights[0], weights[1]));
-            of_tokens.pairs[1] = ptx::transposed(pack<P>(weights[2], weights[3]));
+            of_tokens.pairs[0] = ptx::transposed(of_tile.pairs[0]);
+            of_tokens.pairs[1] = ptx::transposed(of_tile.pairs[1]);
         } else {
-            of_tokens.memory = memory;
-            of_tokens.stride = layout.score_stride;
+            float* memory = reinterpret_cast<float*>(shared + layout.weights) +
+                            place.warp * kTokens * layout.score_stride;
+            of_tile.memory = of_tokens.memory = memory;
+            of_tile.stride = of_tokens.stride = layout.score_stride;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float* row = memory + (g + 8 * half) * layout.score_stride + 2 * t;
-                *reinterpret_cast<float2*>(row) = make_float2(d_scores[2 * half], d_scores[2 * half + 1]);
+                *reinterpret_cast<float2*>(row) =
+                    make_float2(of_tile.d_scores[2 * half], of_tile.d_scores[2 * half + 1]);
                 *reinterpret_cast<float2*>(row + kHeads) =
-                    make_float2(kept_p[2 * half], kept_p[2 * half + 1]);
+                    make_float2(of_tile.kept[2 * half], of_tile.kept[2 * half + 1]);
             }
             __syncwarp();
         }
-#pragma unroll
-        for (int k = 0; k < kProducts; ++k)
-            if (k < place.products)
-                add_weighted_tokens<P>(d_queries[k], operands, of_tokens, place, place.first + k * kChannels);
+        add_weighted_tokens<P>(d_queries, operands, of_tokens, place);
         __syncwarp();
 
         if (to.data) {
+            // dx = outer (E G + constant - factor x), with x as the tile has it: normalised or not.
             const int end = place.first + place.channels;
+            const Dtype tokens_type = AsIs ? Dtype::bfloat16 : d.tokens;
+            float outer[2], constant[2], factor[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float rstd = statistics[half].y;
+                outer[half] = AsIs ? 1.0f : rstd;
+                factor[half] = in_place ? against[half] : against[half] * rstd;
+                constant[half] = (in_place ? 0.0f : factor[half] * statistics[half].x) - plain[half];
+            }
 #pragma unroll 1
             for (int c = place.first; c < end; c += kChannels) {
-                float d_normed[2][4] = {};
-                multiply_coefficients<P>(d_normed, d_scores, kept_p, memory, layout.score_stride, pairs,
-                                         place, c);
+                float sums[2][4];
+                float2 x[2][2], found[2][2] = {};  // found[e][half]: what comes in, then the sum
 #pragma unroll
-                for (int e = 0; e < 2; ++e)
+                for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = constant[i % 4 / 2];
+                multiply_coefficients<P>(sums, of_tile, pairs, place, c);
+                load_pairs(x, tile, layout.token_stride, in_place ? kOperandDtype<P> : tokens_type, place, c);
+                if (brought.data)
+                    load_pairs(found, tile + layout.incoming, layout.token_stride, tokens_type, place, c);
+                else if (incoming.data)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int column = c + 8 * e + 2 * t;
-                        char* at = tile + (g + 8 * half) * layout.token_stride + column * tokens.size;
-                        float2 x = load_pair(at, in_place ? kOperandDtype<P> : d.tokens), more = {};
-                        const float mean = statistics[half].x, rstd = statistics[half].y;
-                        if (!in_place) x = make_float2((x.x - mean) * rstd, (x.y - mean) * rstd);
-                        if (brought.data)
-                            more = load_pair(at + layout.incoming, d.tokens);
-                        else if (incoming.data && g + 8 * half < rows)
-                            more = incoming.pair(loader.first() + g + 8 * half, column, end);
-                        const float a = d_normed[e][2 * half] - plain[half] - x.x * against[half];
-                        const float b = d_normed[e][2 * half + 1] - plain[half] - x.y * against[half];
-                        store_pair(at, d.tokens, column < end ? fmaf(rstd, a, more.x) : 0.0f,
-                                   column + 1 < end ? fmaf(rstd, b, more.y) : 0.0f);
+                    for (int i = 0; i < 4; ++i)
+                        if (g + i % 2 * 8 < rows)
+                            found[i / 2][i % 2] =
+                                pair_of_row(incoming, tokens_type, loader.first() + g + i % 2 * 8,
+                                            c + i / 2 * 8 + 2 * t, end);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int e = i / 2, half = i % 2;
+                    const float a = fmaf(-factor[half], x[e][half].x, sums[e][2 * half]);
+                    const float b = fmaf(-factor[half], x[e][half].y, sums[e][2 * half + 1]);
+                    found[e][half] = make_float2(fmaf(outer[half], a, found[e][half].x),
+                                                 fmaf(outer[half], b, found[e][half].y));
+                }
+                if (c + kChannels > end)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int column = c + i / 2 * 8 + 2 * t;
+                        if (column >= end) found[i / 2][i % 2].x = 0.0f;
+                        if (column + 1 >= end) found[i / 2][i % 2].y = 0.0f;
                     }
+                __syncwarp();
+                store_pairs(found, tile, layout.token_stride, tokens_type, place, c);
             }
             __syncwarp();
             store_rows(to, loader.first(), tile, layout.token_stride, rows, place);

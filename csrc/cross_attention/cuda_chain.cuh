@@ -31,6 +31,13 @@ __device__ inline float element(const Vector& x, int i) {
     return x.data ? load_element(x.data, x.dtype, i * x.stride) : 0.0f;
 }
 
+// Columns of a buffer that begin at one of its names, for 16 images.
+struct Columns {
+    float* first;
+    int step;  // from image to image
+    __device__ float& operator()(int row, int k) const { return first[row * step + k]; }
+};
+
 // The images of a block, and where a lane is. A row behind the last image stands for no image.
 struct Rows : Lane {
     int warp = threadIdx.x / kWarp;
@@ -39,6 +46,30 @@ struct Rows : Lane {
     __device__ Rows(int64_t tile, int64_t batch) : first(tile * kRows), images(batch) {}
     __device__ bool has(int row) const { return first + row < images; }
     __device__ int64_t image(int row) const { return first + row; }
+
+    __device__ Columns saved(const Direction& d, Saved::Column name) const {
+        return {Saved::column(d, first, name), static_cast<int>(Saved::columns(d))};
+    }
+    __device__ Columns z(const Direction& d, int head) const {
+        return {Saved::z(d, first, head), static_cast<int>(Saved::columns(d))};
+    }
+    __device__ Columns key(const Direction& d, int head) const {
+        return {Saved::key(d, first, head), static_cast<int>(Saved::columns(d))};
+    }
+    __device__ Columns scratch(const Direction& d, Scratch::Column name) const {
+        return {Scratch::column(d, first, name), static_cast<int>(Scratch::columns(d))};
+    }
+    __device__ Columns scratch(const Direction& d, Scratch::OfHead name, int head) const {
+        return {Scratch::of_head(d, first, name, head), static_cast<int>(Scratch::columns(d))};
+    }
+    __device__ Columns scratch(const Direction& d, Scratch::Own name) const {
+        return {Scratch::own(d, first, name), static_cast<int>(Scratch::columns(d))};
+    }
+
+    // Of a head, in the first part.
+    __device__ Columns parts(const Direction& d, int head) const {
+        return {Parts::row(d, first, 0, head), static_cast<int>(d.splits * d.heads * Parts::columns(d))};
+    }
 
     // f(row, column) for the elements of a tile [16, 64] from `begin` on, before `end`, 32 neighbours a warp.
     template <typename F>
@@ -52,10 +83,12 @@ struct Rows : Lane {
             }
     }
 
-    // f(row) for this warp's rows, by all of its lanes.
+    // f(row) for those of this warp's rows that have an image, by all of its lanes.
     template <typename F>
     __device__ void each(F f) const {
-        for (int i = 0; i < kRows / kWarps; ++i) f(warp * (kRows / kWarps) + i);
+#pragma unroll 1
+        for (int row = warp * (kRows / kWarps); row < (warp + 1) * (kRows / kWarps) && has(row); ++row)
+            f(row);
     }
 
     // Calls f(row, column, value) for what this lane has of a result whose columns begin at `begin`.
@@ -85,11 +118,10 @@ template <typename X>
 __device__ void find_norms(Norm* norms, const Rows& rows, int width, float eps, X x) {
     rows.each([&](int row) {
         float sum = 0.0f, squares = 0.0f;
-        const bool there = rows.has(row);
-        for (int k = rows.lane; k < width; k += kWarp) sum += there ? x(row, k) : 0.0f;
+        for (int k = rows.lane; k < width; k += kWarp) sum += x(row, k);
         const float mean = warp_sum(sum) / static_cast<float>(width);
         for (int k = rows.lane; k < width; k += kWarp) {
-            const float centred = there ? x(row, k) - mean : 0.0f;
+            const float centred = x(row, k) - mean;
             squares = fmaf(centred, centred, squares);
         }
         const float rstd = rsqrtf(warp_sum(squares) / static_cast<float>(width) + eps);
@@ -103,12 +135,12 @@ template <typename X, typename G>
 __device__ void find_means(Norm* norms, const Rows& rows, int width, X x, G g) {
     rows.each([&](int row) {
         float plain = 0.0f, against = 0.0f;
-        if (rows.has(row))
-            for (int k = rows.lane; k < width; k += kWarp) {
-                const float value = g(row, k);
-                plain += value;
-                against = fmaf(value, norms[row].hat(x(row, k)), against);
-            }
+        const Norm norm = norms[row];
+        for (int k = rows.lane; k < width; k += kWarp) {
+            const float value = g(row, k);
+            plain += value;
+            against = fmaf(value, norm.hat(x(row, k)), against);
+        }
         plain = warp_sum(plain) / static_cast<float>(width);
         against = warp_sum(against) / static_cast<float>(width);
         if (rows.lane == 0) norms[row].plain = plain, norms[row].against = against;
@@ -159,12 +191,14 @@ struct WeightOperand {
         const int row0 = Transposed ? column : k, column0 = Transposed ? k : column;
         constexpr int kEach = 16 / sizeof(Operand<P>), kChunks = kColumns / kEach;
         if (wide) {
-            for (int i = threadIdx.x; i < kColumns * kChunks; i += kThreads) {
-                const int row = i / kChunks, c = i % kChunks * kEach;
-                const bool there = row0 + row < rows && column0 + c < columns;
-                ptx::copy_16(ptx::shared_address(to.row(row) + c),
-                             there ? data + (row0 + row) * stride + column0 + c : data, there);
-            }
+            constexpr int kStep = kThreads / kChunks;  // rows that are copied at a time
+            const int row = threadIdx.x / kChunks, c = threadIdx.x % kChunks * kEach;
+            const bool has_column = column0 + c < columns;
+            const Operand<P>* from = data + (row0 + row) * stride + column0 + c;
+            const uint32_t at = to.address(row, c);
+#pragma unroll
+            for (int i = 0; i < kColumns; i += kStep, from += kStep * stride)
+                ptx::copy_16(at + i * to.stride, from, has_column && row0 + row + i < rows);
         } else {
             for (int i = threadIdx.x; i < kColumns * kColumns; i += kThreads) {
                 const int row = i / kColumns, c = i % kColumns;

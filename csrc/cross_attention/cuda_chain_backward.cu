@@ -38,24 +38,26 @@ __global__ void __launch_bounds__(kThreads, 1) back_backward_kernel(const __grid
     const Projection& g = d.parameters.back;
     const int width = static_cast<int>(d.width), own_width = static_cast<int>(d.own_width);
     const int column = block.column * kColumns;
-    const auto y = [&](int row, int k) { return Saved::column(d, rows.image(row), Saved::Y)[k]; };
+    const Columns y = rows.saved(d, Saved::Y), d_new = rows.scratch(d, Scratch::DNew);
+    const Columns d_norm = rows.scratch(d, Scratch::DBackNorm),
+                  d_gamma = rows.scratch(d, Scratch::DBackGamma);
+    const Columns activation = rows.scratch(d, Scratch::BackActivation);
     find_norms(norms, rows, width, call.eps, y);
     float sums[2][4];
     multiply_rows(sums, tiles, rows, own_width, column,
                   WeightOperand<P, false>(g.weight, 0, own_width, width), [&](int k) {
                       return [&, k](int row) {
                           const float value = incoming(d, rows.image(row), k);
-                          if (block.column == 0) Scratch::own(d, rows.image(row), Scratch::DNew)[k] = value;
+                          if (block.column == 0) d_new(row, k) = value;
                           return value;
                       };
                   });
     rows.results(sums, column, width, [&](int row, int c, float value) {
-        const int64_t image = rows.image(row);
         const ActivationGradient found(value, norms[row].hat(y(row, c)), element(g.norm_weight, c),
                                        element(g.norm_bias, c));
-        Scratch::column(d, image, Scratch::DBackNorm)[c] = found.d_norm;
-        Scratch::column(d, image, Scratch::DBackGamma)[c] = found.d_gamma;
-        Scratch::column(d, image, Scratch::BackActivation)[c] = found.activation;
+        d_norm(row, c) = found.d_norm;
+        d_gamma(row, c) = found.d_gamma;
+        activation(row, c) = found.activation;
     });
 }
 
@@ -71,10 +73,11 @@ __global__ void __launch_bounds__(kThreads, 1) output_backward_kernel(const __gr
     const Rows rows(block.tile, d.batch);
     const Projection& g = d.parameters.back;
     const int width = static_cast<int>(d.width), column = block.column * kColumns;
-    const auto y = [&](int row, int k) { return Saved::column(d, rows.image(row), Saved::Y)[k]; };
-    const auto d_normed = [&](int row, int k) {
-        return Scratch::column(d, rows.image(row), Scratch::DBackNorm)[k] * element(g.norm_weight, k);
-    };
+    const Columns y = rows.saved(d, Saved::Y), projected = rows.saved(d, Saved::Projected);
+    const Columns d_norm = rows.scratch(d, Scratch::DBackNorm), d_y_of = rows.scratch(d, Scratch::DY);
+    const Columns d_projected_of = rows.scratch(d, Scratch::DProjected);
+    const Columns d_output = rows.scratch(d, Scratch::DOutput);
+    const auto d_normed = [&](int row, int k) { return d_norm(row, k) * element(g.norm_weight, k); };
     if (g.weight.data) {
         find_norms(norms, rows, width, call.eps, y);
         find_means(norms, rows, width, y, d_normed);
@@ -92,18 +95,15 @@ __global__ void __launch_bounds__(kThreads, 1) output_backward_kernel(const __gr
                                   load_element(d.scale.data, d.tokens,
                                                image * d.scale.batch_stride + k * d.scale.channel_stride);
                           if (block.column == 0) {
-                              Scratch::column(d, image, Scratch::DY)[k] = d_y;
-                              Scratch::column(d, image, Scratch::DProjected)[k] = d_projected;
+                              d_y_of(row, k) = d_y;
+                              d_projected_of(row, k) = d_projected;
                               if (d.scale_gradient)
-                                  d.scale_gradient[image * d.width + k] =
-                                      d_y * Saved::column(d, image, Saved::Projected)[k];
+                                  d.scale_gradient[image * d.width + k] = d_y * projected(row, k);
                           }
                           return d_projected;
                       };
                   });
-    rows.results(sums, column, width, [&](int row, int c, float value) {
-        Scratch::column(d, rows.image(row), Scratch::DOutput)[c] = value;
-    });
+    rows.results(sums, column, width, [&](int row, int c, float value) { d_output(row, c) = value; });
 }
 
 // du_h = Wv_h^T do_h, and what the softmax's gradient subtracts: dz . z plus, under dropout, that of the
@@ -120,19 +120,25 @@ __global__ void __launch_bounds__(kThreads, 1) values_backward_kernel(const __gr
     const Parameters& w = d.parameters;
     const int width = static_cast<int>(d.width), of_head = width / static_cast<int>(d.heads);
     const int head = block.column, first = head * of_head;
-    const auto d_output = [&](int row, int k) {
-        return Scratch::column(d, rows.image(row), Scratch::DOutput)[first + k];
-    };
-    float against[2] = {}, d_sum[2] = {}, sums[2][4];  // of rows g and g + 8, this lane's columns
+    const Columns all_d_output = rows.scratch(d, Scratch::DOutput), of_z = rows.z(d, head);
+    const Columns d_u_of = rows.scratch(d, Scratch::DU, head), u = rows.scratch(d, Scratch::U, head);
+    const Columns d_gamma = rows.scratch(d, Scratch::DGammaPart, head);
+    const Columns d_beta = rows.scratch(d, Scratch::DBetaPart, head);
+    const auto d_output = [&](int row, int k) { return all_d_output(row, first + k); };
+    float against[2] = {}, d_sum[2] = {}, kept_sums[2] = {};  // of rows g and g + 8, this lane's columns
+    for (int half = 0; half < 2; ++half) {
+        const int row = rows.g + 8 * half;
+        if (rows.has(row)) kept_sums[half] = Saved::kept_sum(d, rows.image(row))[head];
+    }
+    float sums[2][4];
     for (int column = 0; column < width; column += kColumns) {
         multiply_rows(sums, tiles, rows, of_head, column,
                       WeightOperand<P, false>(w.wv, first, of_head, width),
                       [&](int k) { return [&, k](int row) { return d_output(row, k); }; });
         rows.results(sums, column, width, [&](int row, int c, float d_u) {
-            const int64_t image = rows.image(row);
-            const float z = Saved::z(d, image, head)[c], kept_sum = Saved::kept_sum(d, image)[head];
-            const float gamma = element(w.norm_weight, c), beta = element(w.norm_bias, c);
             const int half = row == rows.g ? 0 : 1;
+            const float z = of_z(row, c), kept_sum = half ? kept_sums[1] : kept_sums[0];
+            const float gamma = element(w.norm_weight, c), beta = element(w.norm_bias, c);
             // With dz as the products of attend_backward see it, so that the sum over the tokens cancels.
             const float found = fmaf(rounded<P>(d_u * gamma), z, half ? against[1] : against[0]);
             const float of_sum = fmaf(d_u, beta, half ? d_sum[1] : d_sum[0]);
@@ -140,10 +146,10 @@ __global__ void __launch_bounds__(kThreads, 1) values_backward_kernel(const __gr
                 against[1] = found, d_sum[1] = of_sum;
             else
                 against[0] = found, d_sum[0] = of_sum;
-            Scratch::of_head(d, image, Scratch::DU, head)[c] = d_u;
-            Scratch::of_head(d, image, Scratch::U, head)[c] = fmaf(gamma, z, kept_sum * beta);
-            Scratch::of_head(d, image, Scratch::DGammaPart, head)[c] = d_u * z;
-            Scratch::of_head(d, image, Scratch::DBetaPart, head)[c] = d_u * kept_sum;
+            d_u_of(row, c) = d_u;
+            u(row, c) = fmaf(gamma, z, kept_sum * beta);
+            d_gamma(row, c) = d_u * z;
+            d_beta(row, c) = d_u * kept_sum;
         });
     }
     for (int half = 0; half < 2; ++half) {
@@ -153,7 +159,6 @@ __global__ void __launch_bounds__(kThreads, 1) values_backward_kernel(const __gr
     }
     __syncthreads();
     rows.each([&](int row) {
-        if (!rows.has(row)) return;
         const int64_t image = rows.image(row);
         const float kept_sum = Saved::kept_sum(d, image)[head];
         float of_bias = 0.0f;
@@ -203,27 +208,30 @@ __global__ void __launch_bounds__(kThreads, 1) absorb_backward_kernel(const __gr
     }
     __syncthreads();
     const float scale = kLog2E * rsqrtf(static_cast<float>(of_head));
+    const Columns z = rows.z(d, head), key = rows.key(d, head),
+                  d_key_of = rows.scratch(d, Scratch::DKey, head);
+    const Columns d_gamma_of = rows.scratch(d, Scratch::DGammaPart, head);
+    const Columns d_query = rows.scratch(d, Scratch::DQuery), of_parts = rows.parts(d, head);
+    const int to_next_part = static_cast<int>(d.heads * Parts::columns(d));
     float sums[2][4];
     for (int j = 0; j < of_head; j += kColumns) {
         multiply_rows(sums, tiles, rows, width, j, WeightOperand<P, true>(w.wk, first, of_head, width),
                       [&](int k) {
                           const float gamma = element(w.norm_weight, k);
                           return [&, k, gamma](int row) {
-                              const int64_t image = rows.image(row);
-                              if (j) return Scratch::of_head(d, image, Scratch::DKey, head)[k];
+                              if (j) return d_key_of(row, k);
                               float d_absorbed = 0.0f;
-                              for (int i = 0; i < parts; ++i) d_absorbed += Parts::row(d, image, i, head)[k];
-                              d_absorbed -= fmaf(excesses[row], Saved::z(d, image, head)[k], shifts[row]);
-                              float& d_gamma = Scratch::of_head(d, image, Scratch::DGammaPart, head)[k];
-                              d_gamma = fmaf(d_absorbed, Saved::key(d, image, head)[k], d_gamma);
+                              const float* of_part = &of_parts(row, k);
+                              for (int i = 0; i < parts; ++i, of_part += to_next_part) d_absorbed += *of_part;
+                              d_absorbed -= fmaf(excesses[row], z(row, k), shifts[row]);
+                              float& d_gamma = d_gamma_of(row, k);
+                              d_gamma = fmaf(d_absorbed, key(row, k), d_gamma);
                               const float d_key = d_absorbed * gamma * scale;
-                              Scratch::of_head(d, image, Scratch::DKey, head)[k] = d_key;
+                              d_key_of(row, k) = d_key;
                               return d_key;
                           };
                       });
-        rows.results(sums, j, of_head, [&](int row, int c, float value) {
-            Scratch::column(d, rows.image(row), Scratch::DQuery)[first + c] = value;
-        });
+        rows.results(sums, j, of_head, [&](int row, int c, float value) { d_query(row, first + c) = value; });
     }
 }
 
@@ -239,20 +247,18 @@ __global__ void __launch_bounds__(kThreads, 1) query_backward_kernel(const __gri
     const Rows rows(block.tile, d.batch);
     const Parameters& w = d.parameters;
     const int width = static_cast<int>(d.width), column = block.column * kColumns;
-    const auto cls = [&](int row, int k) { return Saved::column(d, rows.image(row), Saved::Cls)[k]; };
+    const Columns cls = rows.saved(d, Saved::Cls), d_query = rows.scratch(d, Scratch::DQuery);
+    const Columns normed = rows.scratch(d, Scratch::Normed), d_norm_of = rows.scratch(d, Scratch::DNorm);
+    const Columns d_gamma = rows.scratch(d, Scratch::DGamma);
     find_norms(norms, rows, width, call.eps, cls);
     float sums[2][4];
-    multiply_rows(
-        sums, tiles, rows, width, column, WeightOperand<P, false>(w.wq, 0, width, width), [&](int k) {
-            return [&, k](int row) { return Scratch::column(d, rows.image(row), Scratch::DQuery)[k]; };
-        });
+    multiply_rows(sums, tiles, rows, width, column, WeightOperand<P, false>(w.wq, 0, width, width),
+                  [&](int k) { return [&, k](int row) { return d_query(row, k); }; });
     rows.results(sums, column, width, [&](int row, int c, float d_norm) {
-        const int64_t image = rows.image(row);
         const float hat = norms[row].hat(cls(row, c));
-        Scratch::column(d, image, Scratch::Normed)[c] =
-            fmaf(hat, element(w.norm_weight, c), element(w.norm_bias, c));
-        Scratch::column(d, image, Scratch::DNorm)[c] = d_norm;
-        Scratch::column(d, image, Scratch::DGamma)[c] = d_norm * hat;
+        normed(row, c) = fmaf(hat, element(w.norm_weight, c), element(w.norm_bias, c));
+        d_norm_of(row, c) = d_norm;
+        d_gamma(row, c) = d_norm * hat;
     });
 }
 
@@ -261,21 +267,19 @@ struct ClsGradient {
     const Direction& d;
     const Rows& rows;
     Norm* norms;
+    Columns cls = rows.saved(d, Saved::Cls), d_norm = rows.scratch(d, Scratch::DNorm);
+    Columns d_y = rows.scratch(d, Scratch::DY), d_row = rows.scratch(d, Scratch::DRow);
 
-    __device__ float cls(int row, int k) const { return Saved::column(d, rows.image(row), Saved::Cls)[k]; }
     __device__ float d_normed(int row, int k) const {
-        return Scratch::column(d, rows.image(row), Scratch::DNorm)[k] * element(d.parameters.norm_weight, k);
+        return d_norm(row, k) * element(d.parameters.norm_weight, k);
     }
     __device__ void prepare(float eps) const {
         const int width = static_cast<int>(d.width);
-        const auto x = [&](int row, int k) { return cls(row, k); };
-        find_norms(norms, rows, width, eps, x);
-        find_means(norms, rows, width, x, [&](int row, int k) { return d_normed(row, k); });
+        find_norms(norms, rows, width, eps, cls);
+        find_means(norms, rows, width, cls, [&](int row, int k) { return d_normed(row, k); });
     }
     __device__ float operator()(int row, int k) const {
-        const int64_t image = rows.image(row);
-        return Scratch::column(d, image, Scratch::DY)[k] + Scratch::column(d, image, Scratch::DRow)[k] +
-               norms[row].backward(d_normed(row, k), cls(row, k));
+        return d_y(row, k) + d_row(row, k) + norms[row].backward(d_normed(row, k), cls(row, k));
     }
 };
 
@@ -297,6 +301,10 @@ __global__ void __launch_bounds__(kThreads, 1) project_backward_kernel(const __g
                             rows.image(row) * d.cls.batch_stride + k * d.cls.channel_stride);
     };
     const ClsGradient d_cls{d, rows, norms};
+    const Columns d_cls_of = rows.scratch(d, Scratch::DCls);
+    const Columns d_norm = rows.scratch(d, Scratch::DProjectNorm);
+    const Columns d_gamma = rows.scratch(d, Scratch::DProjectGamma);
+    const Columns activation = rows.scratch(d, Scratch::Activation);
     d_cls.prepare(call.eps);
     find_norms(own_norms, rows, own_width, call.eps, own);
     float sums[2][4];
@@ -304,18 +312,16 @@ __global__ void __launch_bounds__(kThreads, 1) project_backward_kernel(const __g
                   [&](int k) {
                       return [&, k](int row) {
                           const float value = d_cls(row, k);
-                          if (block.column == 0)
-                              Scratch::column(d, rows.image(row), Scratch::DCls)[k] = value;
+                          if (block.column == 0) d_cls_of(row, k) = value;
                           return value;
                       };
                   });
     rows.results(sums, column, own_width, [&](int row, int c, float value) {
-        const int64_t image = rows.image(row);
         const ActivationGradient found(value, own_norms[row].hat(own(row, c)), element(f.norm_weight, c),
                                        element(f.norm_bias, c));
-        Scratch::own(d, image, Scratch::DProjectNorm)[c] = found.d_norm;
-        Scratch::own(d, image, Scratch::DProjectGamma)[c] = found.d_gamma;
-        Scratch::own(d, image, Scratch::Activation)[c] = found.activation;
+        d_norm(row, c) = found.d_norm;
+        d_gamma(row, c) = found.d_gamma;
+        activation(row, c) = found.activation;
     });
 }
 
@@ -332,9 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1) cls_backward_kernel(const __grid_
         return load_element(d.cls.data, d.tokens,
                             rows.image(row) * d.cls.batch_stride + k * d.cls.channel_stride);
     };
-    const auto d_normed = [&](int row, int k) {
-        return Scratch::own(d, rows.image(row), Scratch::DProjectNorm)[k] * element(f.norm_weight, k);
-    };
+    const Columns d_norm = rows.scratch(d, Scratch::DProjectNorm);
+    const auto d_normed = [&](int row, int k) { return d_norm(row, k) * element(f.norm_weight, k); };
     const ClsGradient d_cls{d, rows, norms};
     if (f.weight.data) {
         find_norms(norms, rows, own_width, call.eps, own);

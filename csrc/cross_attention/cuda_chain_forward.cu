@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(const __grid_const
         return load_element(d.cls.data, d.tokens,
                             rows.image(row) * d.cls.batch_stride + k * d.cls.channel_stride);
     };
-    const auto store = [&](int row, int c, float value) {
-        Saved::column(d, rows.image(row), Saved::Cls)[c] = value;
+    const auto store = [cls = rows.saved(d, Saved::Cls)](int row, int c, float value) {
+        cls(row, c) = value;
     };
     const Projection& p = d.parameters.project;
     if (p.weight.data)
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1) absorb_kernel(const __grid_consta
     const int width = static_cast<int>(d.width), of_head = width / static_cast<int>(d.heads);
     const int first = block.column * of_head;
     const bool fits = of_head <= kColumns;
-    const auto cls = [&](int row, int k) { return Saved::column(d, rows.image(row), Saved::Cls)[k]; };
-    const auto saved = [&](int row) { return Saved::column(d, rows.image(row), Saved::Query) + first; };
+    const Columns cls = rows.saved(d, Saved::Cls), saved = rows.saved(d, Saved::Query);
+    const Columns key = rows.key(d, block.column);
     find_norms(norms, rows, width, call.eps, cls);
     float sums[2][4];
     for (int j = 0; j < of_head; j += kColumns) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorb_kernel(const __grid_consta
             });
         rows.results(sums, j, of_head, [&](int row, int c, float value) {
             value += element(w.bq, first + c);
-            if (blockIdx.z == 0) saved(row)[c] = value;
+            if (blockIdx.z == 0) saved(row, first + c) = value;
             if (fits) query[row][c] = value;
         });
     }
@@ -87,10 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1) absorb_kernel(const __grid_consta
     for (int column = blockIdx.z * kColumns; column < width; column += gridDim.z * kColumns) {
         multiply_rows(
             sums, tiles, rows, of_head, column, WeightOperand<P, false>(w.wk, first, of_head, width),
-            [&](int k) { return [&, k](int row) { return fits ? query[row][k] : saved(row)[k]; }; });
-        rows.results(sums, column, width, [&](int row, int c, float value) {
-            Saved::key(d, rows.image(row), block.column)[c] = value * scale;
-        });
+            [&](int k) { return [&, k](int row) { return fits ? query[row][k] : saved(row, first + k); }; });
+        rows.results(sums, column, width, [&](int row, int c, float value) { key(row, c) = value * scale; });
     }
 }
 
@@ -131,30 +129,31 @@ __global__ void __launch_bounds__(kThreads, 1) values_kernel(const __grid_consta
         }
     }
     __syncthreads();
+    const Columns of_z = rows.z(d, head), of_parts = rows.parts(d, head),
+                  output = rows.saved(d, Saved::Output);
+    const int to_next_part = static_cast<int>(d.heads * Parts::columns(d));
     float sums[2][4];
     for (int j = 0; j < of_head; j += kColumns) {
-        multiply_rows(sums, tiles, rows, width, j, WeightOperand<P, true>(w.wv, first, of_head, width),
-                      [&](int k) {
-                          const float gamma = element(w.norm_weight, k), beta = element(w.norm_bias, k);
-                          return [&, k, gamma, beta](int row) {
-                              const int64_t image = rows.image(row);
-                              float* z = Saved::z(d, image, head) + k;
-                              float merged = 0.0f;
-                              if (d.parts)
-                                  for (int i = 0; i < parts; ++i) {
-                                      const float log_sum = Parts::numbers(d, image, i, head)[0];
-                                      merged = fmaf(ptx::exp2(log_sum - log_sums[row]),
-                                                    Parts::row(d, image, i, head)[k], merged);
-                                  }
-                              else
-                                  merged = *z;
-                              if (d.parts && j == 0) *z = merged;
-                              return fmaf(merged, gamma, kept_sums[row] * beta);
-                          };
-                      });
+        multiply_rows(
+            sums, tiles, rows, width, j, WeightOperand<P, true>(w.wv, first, of_head, width), [&](int k) {
+                const float gamma = element(w.norm_weight, k), beta = element(w.norm_bias, k);
+                return [&, k, gamma, beta](int row) {
+                    float& z = of_z(row, k);
+                    float merged = 0.0f;
+                    if (d.parts)
+                        for (int i = 0; i < parts; ++i) {
+                            const float* of_part = &of_parts(row, i * to_next_part);
+                            merged =
+                                fmaf(ptx::exp2(of_part[padded(d.width)] - log_sums[row]), of_part[k], merged);
+                        }
+                    else
+                        merged = z;
+                    if (d.parts && j == 0) z = merged;
+                    return fmaf(merged, gamma, kept_sums[row] * beta);
+                };
+            });
         rows.results(sums, j, of_head, [&](int row, int c, float value) {
-            Saved::column(d, rows.image(row), Saved::Output)[first + c] =
-                fmaf(kept_sums[row], element(w.bv, first + c), value);
+            output(row, first + c) = fmaf(kept_sums[row], element(w.bv, first + c), value);
         });
     }
 }
@@ -170,20 +169,20 @@ __global__ void __launch_bounds__(kThreads, 1) output_kernel(const __grid_consta
     const Rows rows(block.tile, d.batch);
     const int width = static_cast<int>(d.width), column = block.column * kColumns;
     float sums[2][4];
+    const Columns output = rows.saved(d, Saved::Output), cls = rows.saved(d, Saved::Cls);
+    const Columns saved = rows.saved(d, Saved::Projected), saved_y = rows.saved(d, Saved::Y);
     multiply_rows(sums, tiles, rows, width, column, WeightOperand<P, true>(d.parameters.wo, 0, width, width),
-                  [&](int k) {
-                      return [&, k](int row) { return Saved::column(d, rows.image(row), Saved::Output)[k]; };
-                  });
+                  [&](int k) { return [&, k](int row) { return output(row, k); }; });
     rows.results(sums, column, width, [&](int row, int c, float projected) {
         const int64_t image = rows.image(row);
         projected += element(d.parameters.bo, c);
-        Saved::column(d, image, Saved::Projected)[c] = projected;
+        saved(row, c) = projected;
         const Tokens& scale = d.scale;
         if (scale.data)
             projected *=
                 load_element(scale.data, d.tokens, image * scale.batch_stride + c * scale.channel_stride);
-        const float y = projected + Saved::column(d, image, Saved::Cls)[c];
-        Saved::column(d, image, Saved::Y)[c] = y;
+        const float y = projected + cls(row, c);
+        saved_y(row, c) = y;
         if (!d.parameters.back.weight.data)
             store_element(d.cls_out.data, d.tokens,
                           image * d.cls_out.batch_stride + c * d.cls_out.channel_stride, y);
@@ -200,9 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) back_kernel(const __grid_constant
     const Rows rows(block.tile, d.batch);
     norm_gelu_linear<P>(
         rows, d.parameters.back, static_cast<int>(d.width), static_cast<int>(d.own_width),
-        block.column * kColumns, call.eps,
-        [&](int row, int k) { return Saved::column(d, rows.image(row), Saved::Y)[k]; },
-        [&](int row, int c, float value) {
+        block.column * kColumns, call.eps, rows.saved(d, Saved::Y), [&](int row, int c, float value) {
             store_element(d.cls_out.data, d.tokens,
                           rows.image(row) * d.cls_out.batch_stride + c * d.cls_out.channel_stride, value);
         });

@@ -5,13 +5,14 @@
 //                 warp 0    warp 1    warp 2    warp 3
 //     16 tokens [ x       | x       | x       | x       ]  tile in shared memory, loaded some tiles ahead
 //                   @         @         @         @
-//       heads   [ query   | query   | query   | query   ]  in shared memory
+//       heads   [ query   | query   | query   | query   ]  in registers forward, else in shared memory
 //                   =         =         =         =
 //                 part   +  part   +  part   +  part       scores [16, heads], summed by every warp
 //
 // bfloat16 tokens are multiplied as they are, and their mean is taken off the results, as sums over exactly
-// the numbers that the tensor cores saw. Others are normalised first, because x - mean would be lost to
-// rounding (float32) or coefficients to underflow (float16); this takes one more barrier a tile.
+// the numbers that the tensor cores saw; their statistics are products of the same registers. Others are
+// normalised first, because x - mean would be lost to rounding (float32) or coefficients to underflow
+// (float16); this takes one more barrier a tile.
 #pragma once
 
 #include "../common/cuda_products.cuh"
@@ -23,20 +24,25 @@ namespace crossvit {
 constexpr int kTokens = 16;  // of a tile: the rows of a product of the tensor cores
 constexpr int kHeads = 8;    // of a block: its columns
 constexpr int kChannels = kInner;
-constexpr int kProducts = 8;   // of a warp's slice at most: sums of 128 channels and 8 heads are 32 registers
-constexpr int kMostWarps = 8;  // so that 1024 channels fit
-constexpr int kStages = 3;     // two tiles on their way cover the memory's latency
+constexpr int kProducts = 8;  // of a warp's slice at most: sums of 128 channels and 8 heads are 32 registers
+// Floats that a slice leaves of a tile: scores, and before the first tile two numbers a channel.
+constexpr int kSliceScores = 2 * kProducts * kChannels;
+constexpr int kFewWarps = 4;       // so that two blocks keep a multiprocessor's schedulers busy
+constexpr int kMostWarps = 8;      // so that 1024 channels fit
+constexpr int kStages = 3;         // two tiles on their way cover the memory's latency
+constexpr int64_t kMostParts = 8;  // of an image: blocks of a cluster that every GPU with clusters can run
 
-// Warps of a block: four, so that two blocks keep a multiprocessor's schedulers busy, if their slices
-// suffice.
-constexpr int warps_for(int64_t width) { return width <= 4 * kProducts * kChannels ? 4 : kMostWarps; }
+// Warps of a block: few, if their slices suffice.
+constexpr int warps_for(int64_t width) {
+    return width <= kFewWarps * kProducts * kChannels ? kFewWarps : kMostWarps;
+}
 
 // Where things are in a block's shared memory, in bytes. Rows are 16 bytes longer than their channels, so
 // that the eight rows of a matrix lie in different banks.
 struct SharedLayout {
     int token_stride, operand_stride;  // of a row of tokens, and of operands or queries
     int stage, incoming;               // of a stage: its size, and where the incoming gradients begin
-    int operands, queries, normed_cls, scores, statistics, weights, barriers;
+    int operands, queries, scores, statistics, weights, barriers;
     int score_stride, bytes;  // score_stride counts floats
 
     // Operands of the tokens' size are written over them.
@@ -56,9 +62,8 @@ struct SharedLayout {
         operands = stages * stage;
         const bool apart = !as_is && !in_place(token_size, operand_size);
         queries = operands + (apart ? kTokens * operand_stride : 0);
-        normed_cls = queries + rows * operand_stride;
-        scores = normed_cls + channels * 4;
-        statistics = scores + 2 * warps * kTokens * score_stride * 4;
+        scores = queries + rows * operand_stride;
+        statistics = scores + 2 * warps * kSliceScores * 4;
         weights = statistics + 2 * warps * kTokens * 2 * 4;
         // Only products in float32 pass their weights through memory.
         barriers = weights + (operand_size == 4 ? warps * kTokens * score_stride * 4 : 0);
@@ -82,29 +87,28 @@ inline SharedLayout shared_layout(const Direction& d, Product product, int rows,
 // Rows of the patches of one image. `wide`: 16 bytes at a time.
 struct TokenRows {
     char* data;
-    int64_t row_stride, channel_stride;  // elements
-    int size;                            // bytes of an element
-    Dtype dtype;
+    int64_t row_bytes, channel_bytes;  // from one to the next
+    int size;                          // bytes of an element
     bool wide;
 
-    __device__ TokenRows(const Tokens& x, int64_t image, Dtype type, int64_t width)
-        : row_stride(x.row_stride),
-          channel_stride(x.channel_stride),
-          size(type == Dtype::float32 ? 4 : 2),
-          dtype(type) {
+    __device__ TokenRows(const Tokens& x, int64_t image, Dtype dtype, int64_t width)
+        : size(dtype == Dtype::float32 ? 4 : 2) {
+        row_bytes = x.row_stride * size;
+        channel_bytes = x.channel_stride * size;
         data = x.data ? static_cast<char*>(x.data) + image * x.batch_stride * size : nullptr;
-        const int64_t bytes = reinterpret_cast<int64_t>(data) | row_stride * size | width * size;
-        wide = data && channel_stride == 1 && bytes % 16 == 0;
+        const int64_t bytes = reinterpret_cast<int64_t>(data) | row_bytes | width * size;
+        wide = data && x.channel_stride == 1 && bytes % 16 == 0;
     }
 
-    __device__ char* row(int64_t n) const { return data + n * row_stride * size; }
-    __device__ char* at(int64_t n, int64_t c) const { return row(n) + c * channel_stride * size; }
-    // Channels c and c + 1 of a token, of those before `end`.
-    __device__ float2 pair(int64_t n, int c, int end) const {
-        return make_float2(c < end ? load_element(at(n, c), dtype, 0) : 0.0f,
-                           c + 1 < end ? load_element(at(n, c + 1), dtype, 0) : 0.0f);
-    }
+    __device__ char* row(int64_t n) const { return data + n * row_bytes; }
+    __device__ char* at(int64_t n, int64_t c) const { return row(n) + c * channel_bytes; }
 };
+
+// x / n by 1 / n, rounded as a division: equal numbers have no variance.
+__device__ inline float divide(float x, float n, float inverse) {
+    const float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, n, x), inverse, quotient);
+}
 
 // A warp's place: its lanes and its slice of the channels.
 struct Place : Lane {
@@ -112,25 +116,55 @@ struct Place : Lane {
         longest;  // channels of all slices, and of the longest of them
     int first, channels,
         products;  // of the slice; the last product may be filled up
+    float inverse_width, inverse_channels;
 
     __device__ explicit Place(int64_t channels_of_all) {
-        warps = blockDim.x / kWarp;
-        warp = threadIdx.x / kWarp;
+        const bool few = blockDim.x == kFewWarps * kWarp;
+        warps = few ? kFewWarps : kMostWarps;
+        warp = __shfl_sync(kAll, threadIdx.x / kWarp, 0);  // so that the compiler sees that lanes agree
         width = static_cast<int>(channels_of_all);
-        const int all = (width + kChannels - 1) / kChannels;
-        longest = (all + warps - 1) / warps * kChannels;
+        const unsigned all = (width + kChannels - 1u) / kChannels;
+        longest = (few ? (all + kFewWarps - 1) / kFewWarps : (all + kMostWarps - 1) / kMostWarps) * kChannels;
         first = warp * longest;
         channels = channels_of(warp);
-        products = (channels + kChannels - 1) / kChannels;
+        products = (channels + kChannels - 1u) / kChannels;
+        inverse_width = __fdividef(1.0f, static_cast<float>(width));
+        inverse_channels = __fdividef(1.0f, static_cast<float>(max(channels, 1)));
     }
 
     __device__ int channels_of(int w) const { return max(0, min(width - w * longest, longest)); }
+    __device__ float mean_of_slice(float sum) const {
+        return divide(sum, static_cast<float>(channels), inverse_channels);
+    }
 
-    // f(row, byte) for every 16 bytes of `rows` rows of the slice, a lane each.
+    // f(w) for every warp of the block.
     template <typename F>
-    __device__ void chunks(int rows, int size, F f) const {
-        for (int row = lane / 16; row < rows; row += 2)
-            for (int at = lane % 16 * 16; at < channels * size; at += 256) f(row, first * size + at);
+    __device__ void each_warp(F f) const {
+#pragma unroll
+        for (int w = 0; w < kFewWarps; ++w) f(w);
+#pragma unroll 1
+        for (int w = kFewWarps; w < warps; ++w) f(w);
+    }
+
+    // f(k, c) for the products of the slice, whose channels begin at c.
+    template <typename F>
+    __device__ void each_product(F f) const {
+#pragma unroll
+        for (int k = 0; k < kProducts; ++k) {
+            if (k >= products) break;
+            f(k, first + k * kChannels);
+        }
+    }
+
+    // Every 16 bytes of a slice's rows, a lane each: begin(row, byte) makes a function that is called for
+    // this row and for every second one after it, with whether there are so many.
+    template <typename F>
+    __device__ void chunks(int rows, int size, F begin) const {
+        for (int at = lane % 16 * 16; at < channels * size; at += 256) {
+            auto step = begin(lane / 16, first * size + at);
+#pragma unroll 4
+            for (int row = 0; row < kTokens; row += 2) step(lane / 16 + row < rows);
+        }
     }
 
     // f(row, channel) for every element.
@@ -180,10 +214,12 @@ class TileLoader {
           end_(end),
           stages_(stages) {}
 
-    // Zeros where nothing will be copied to: channels behind the last, rows behind the end. Then a barrier.
+    // Zeros where nothing will be copied to, in channels behind the last. Then a barrier.
     __device__ void prepare() {
-        uint4* all = reinterpret_cast<uint4*>(shared_);
-        for (int i = threadIdx.x; i < stages_ * layout_.stage / 16; i += blockDim.x) all[i] = uint4{};
+        if (place_.width % kChannels) {
+            uint4* all = reinterpret_cast<uint4*>(shared_);
+            for (int i = threadIdx.x; i < stages_ * layout_.stage / 16; i += blockDim.x) all[i] = uint4{};
+        }
 #if __CUDA_ARCH__ >= 900
         if (threadIdx.x == 0) {
             for (int i = 0; i < stages_; ++i) ptx::mbarrier_init(barrier(i), 1);
@@ -232,6 +268,18 @@ class TileLoader {
         __syncwarp();
     }
 
+    // Zeros in this warp's slice of the rows behind the end, of which one that is not finite would spread.
+    __device__ void clear_rows_behind() const {
+        const int begin = place_.first * tokens_.size, end = begin + place_.channels * tokens_.size;
+        for (int row = rows(); row < kTokens; ++row)
+            for (int at = begin + 4 * place_.lane; at < end; at += 4 * kWarp) {
+                char* to = tile() + row * layout_.token_stride + at;
+                *reinterpret_cast<uint32_t*>(to) = 0;
+                if (incoming_.data) *reinterpret_cast<uint32_t*>(to + layout_.incoming) = 0;
+            }
+        __syncwarp();
+    }
+
     // To the next tile, when this warp has done with this one.
     __device__ void advance() {
         first_ += kTokens;
@@ -257,16 +305,19 @@ class TileLoader {
             return;
         }
 #if __CUDA_ARCH__ >= 900
-        if (place_.lane == 0)
-            for (int row = place_.warp; row < there; row += place_.warps)
-                ptx::bulk_copy(ptx::shared_address(to + row * layout_.token_stride), x.row(n + row),
-                               row_bytes_, barrier(next_turn_.stage));
+        const int row = place_.lane * place_.warps + place_.warp;
+        if (row < there)
+            ptx::bulk_copy(ptx::shared_address(to) + row * layout_.token_stride, x.row(n + row), row_bytes_,
+                           barrier(next_turn_.stage));
         __syncwarp();
 #else
-        place_.chunks(kTokens, x.size, [&](int row, int byte) {
-            const bool valid = row < there;
-            ptx::copy_16(ptx::shared_address(to + row * layout_.token_stride + byte),
-                         x.row(n + (valid ? row : 0)) + byte, valid);
+        place_.chunks(there, x.size, [&](int row, int byte) {
+            return [&, at = ptx::shared_address(to) + row * layout_.token_stride + byte,
+                    from = x.row(n + row) + byte](bool valid) mutable {
+                ptx::copy_16(at, from, valid);
+                at += 2 * layout_.token_stride;
+                from += 2 * x.row_bytes;
+            };
         });
 #endif
     }
@@ -286,11 +337,13 @@ class TileLoader {
 __device__ inline void store_rows(const TokenRows& to, int64_t n, const char* tile, int stride, int rows,
                                   const Place& place) {
     if (to.wide)
-        place.chunks(rows, to.size,
-                     [&, first = to.row(n), step = to.row_stride * to.size](int row, int byte) {
-                         *reinterpret_cast<uint4*>(first + row * step + byte) =
-                             *reinterpret_cast<const uint4*>(tile + row * stride + byte);
-                     });
+        place.chunks(rows, to.size, [&](int row, int byte) {
+            return [&, at = to.row(n + row) + byte, from = tile + row * stride + byte](bool valid) mutable {
+                if (valid) *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
+                at += 2 * to.row_bytes;
+                from += 2 * stride;
+            };
+        });
     else
         place.elements(rows, [&](int row, int c) {
             move_element(to.at(n + row, c), tile + row * stride + c * to.size, to.size);
@@ -336,6 +389,37 @@ constexpr Dtype kOperandDtype = P == Product::bfloat16  ? Dtype::bfloat16
                                 : P == Product::float16 ? Dtype::float16
                                                         : Dtype::float32;
 
+// The pairs 2 t and 8 + 2 t from `c` on of rows g and g + 8 of a tile: found[e][half].
+__device__ inline void load_pairs(float2 (&found)[2][2], const char* tile, int stride, Dtype dtype,
+                                  const Place& place, int c) {
+    if (dtype == Dtype::float32) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            found[i / 2][i % 2] =
+                load_pair<float>(tile + (place.g + i % 2 * 8) * stride + (c + i / 2 * 8 + 2 * place.t) * 4);
+    } else {
+        uint32_t pairs[4];
+        ptx::load_matrices(
+            pairs, ptx::shared_address(tile) + place.lane % 16 * stride + place.lane / 16 * 16 + 2 * c);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            found[i / 2][i % 2] = dtype == Dtype::bfloat16 ? unpack<Product::bfloat16>(pairs[i])
+                                                           : unpack<Product::float16>(pairs[i]);
+    }
+}
+
+// Writes them there.
+__device__ inline void store_pairs(const float2 (&x)[2][2], char* tile, int stride, Dtype dtype,
+                                   const Place& place, int c) {
+    const int size = dtype == Dtype::float32 ? 4 : 2;
+    char* at = tile + place.g * stride + (c + 2 * place.t) * size;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = x[i / 2][i % 2];
+        store_pair(at + i % 2 * 8 * stride + i / 2 * 8 * size, dtype, pair.x, pair.y);
+    }
+}
+
 // Calls f(half, channel) for the pairs of neighbours of rows g and g + 8 (half 0 and 1) that belong to this
 // lane; its four lanes together have the whole slice.
 template <typename F>
@@ -379,8 +463,7 @@ __device__ void leave_moments(const char* tile, int stride, const Place& place, 
 #pragma unroll
         for (int i = 0; i < kEach; i += 2) sum += x[i] + x[i + 1];
     }
-    const float mean =
-        (sum + __shfl_xor_sync(kAll, sum, kTokens)) / static_cast<float>(max(place.channels, 1));
+    const float mean = place.mean_of_slice(sum + __shfl_xor_sync(kAll, sum, kTokens));
 #pragma unroll 2
     for (int c = begin; c < place.channels; c += 2 * kEach) {
         float x[kEach];
@@ -411,17 +494,17 @@ __device__ inline void leave_moments(const char* tile, int stride, Dtype dtype, 
 // where the mean is large).
 __device__ inline float2 token_statistics(const float2* moments, int rows, int token, float eps,
                                           const Place& place) {
-    const float width = static_cast<float>(place.width);
-    float mean = 0.0f, squares = 0.0f;
-    for (int w = 0; w < place.warps; ++w)
-        mean = fmaf(static_cast<float>(place.channels_of(w)), moments[w * kTokens + token].x, mean);
-    mean /= width;
-    for (int w = 0; w < place.warps; ++w) {
+    float sum = 0.0f, squares = 0.0f;
+    place.each_warp([&](int w) {
+        sum = fmaf(static_cast<float>(place.channels_of(w)), moments[w * kTokens + token].x, sum);
+    });
+    const float mean = divide(sum, static_cast<float>(place.width), place.inverse_width);
+    place.each_warp([&](int w) {
         const float2 of_slice = moments[w * kTokens + token];
         const float distance = of_slice.x - mean;
         squares += fmaf(static_cast<float>(place.channels_of(w)) * distance, distance, of_slice.y);
-    }
-    const float rstd = rsqrtf(squares / width + eps);
+    });
+    const float rstd = rsqrtf(fmaf(squares, place.inverse_width, eps));
     return make_float2(mean, token < rows ? rstd : 0.0f);
 }
 
@@ -437,6 +520,51 @@ __device__ inline void row_statistics(const float2* moments, int rows, float eps
 
 // ---- products, a warp's slice each; `c` is a channel where 16 begin ----
 
+// The products of a tile of bfloat16 with `right(k)`, and the moments of its slice, from the same registers:
+// sums are products with ones, and x times x - mean the diagonals of x (x - mean)^T, with the slice's mean,
+// so that no digits are lost where it is large.
+template <int Eights, typename Right>
+__device__ void multiply_as_is(float (&sums)[Eights][4], const OperandRows<Product::bfloat16>& tile,
+                               const Place& place, float2* moments, Right right) {
+    constexpr uint32_t kOnes[2] = {0x3f803f80, 0x3f803f80};
+    float totals[4] = {}, squares[2][4] = {};
+    const uint32_t begin = tile.matrices(place, place.first);
+    place.each_product([&](int k, int) {
+        uint32_t x[4], b[Eights][2];
+        ptx::load_matrices(x, begin + k * kChannels * 2);
+        right(k, b);
+#pragma unroll
+        for (int e = 0; e < Eights; ++e) ptx::multiply_bfloat16(sums[e], x, b[e]);
+        ptx::multiply_bfloat16(totals, x, kOnes);
+    });
+    float means[2];
+    uint32_t shifts[2];  // of rows g and g + 8
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        means[half] = place.mean_of_slice(totals[2 * half]);
+        shifts[half] = ptx::pack_bfloat16(means[half], means[half]);
+    }
+    place.each_product([&](int k, int) {
+        uint32_t x[4];  // again: for all products they would take 32 registers
+        ptx::load_matrices(x, begin + k * kChannels * 2);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t of_rows[2] = {subtract_bfloat16(x[half], shifts[half]),
+                                         subtract_bfloat16(x[2 + half], shifts[half])};
+            ptx::multiply_bfloat16(squares[half], x, of_rows);
+        }
+    });
+    if (place.t != place.g / 2) return;  // the others have products of two tokens
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        // The mean was rounded to be taken off.
+        const float distance = means[half] - unpack<Product::bfloat16>(shifts[half]).x;
+        const float products = place.g % 2 ? squares[half][2 * half + 1] : squares[half][2 * half];
+        const float sum = fmaf(-static_cast<float>(place.channels) * distance, means[half], products);
+        moments[place.warp * kTokens + place.g + 8 * half] = make_float2(means[half], fmaxf(sum, 0.0f));
+    }
+}
+
 // Weights [16 tokens, 8 heads] that multiply the tokens of a tile.
 template <Product P>
 struct TokenWeights {
@@ -445,16 +573,12 @@ struct TokenWeights {
     int stride;
 };
 
-// sums [16 channels, 8 heads] += tokens^T weights
+// sums [16 channels, 8 heads] += tokens^T weights, for operands of 32 bits
 template <Product P>
 __device__ void add_weighted_tokens(float (&sums)[4], const OperandRows<P>& tokens,
                                     const TokenWeights<P>& weights, const Place& place, int c) {
     const int g = place.g, t = place.t;
-    if constexpr (sizeof(Operand<P>) == 2) {
-        uint32_t a[4];
-        ptx::load_matrices_transposed(a, tokens.matrices_across(place, c));
-        multiply<P>(sums, a, weights.pairs);
-    } else if constexpr (P == Product::tf32) {
+    if constexpr (P == Product::tf32) {
 #pragma unroll
         for (int n = 0; n < kTokens; n += 8) {
             const float *near = tokens.row(n + t) + c + g, *far = tokens.row(n + t + 4) + c + g;
@@ -477,54 +601,112 @@ __device__ void add_weighted_tokens(float (&sums)[4], const OperandRows<P>& toke
     }
 }
 
+// The same of all channels of the slice.
+template <Product P>
+__device__ void add_weighted_tokens(float (&sums)[kProducts][4], const OperandRows<P>& tokens,
+                                    const TokenWeights<P>& weights, const Place& place) {
+    if constexpr (sizeof(Operand<P>) == 2) {
+        const uint32_t begin = tokens.matrices_across(place, place.first);
+        place.each_product([&](int k, int) {
+            uint32_t a[4];
+            ptx::load_matrices_transposed(a, begin + k * kChannels * 2);
+            multiply<P>(sums[k], a, weights.pairs);
+        });
+    } else {
+        place.each_product([&](int k, int c) { add_weighted_tokens(sums[k], tokens, weights, place, c); });
+    }
+}
+
 // ---- the CLS token and the queries ----
 
-// x^ of the projected CLS token into shared memory, the slice by its warp; returns 1 / sqrt(variance + eps).
+// x^ of the projected CLS token and gamma of the slice into shared memory, by its warp. Returns 1 /
+// sqrt(variance + eps). Has a barrier, for which `moments` has room for the slices'.
 __device__ inline float normalise_cls(const Direction& d, int64_t image, float eps, const Place& place,
-                                      float* normed) {
-    const float* row = Saved::column(d, image, Saved::Cls);
-    const int width = place.width;
-    float sum = 0.0f, squares = 0.0f;
-    for (int c = place.lane; c < width; c += kWarp) sum += row[c];
-    const float mean = warp_sum(sum) / static_cast<float>(width);
-    for (int c = place.lane; c < width; c += kWarp) squares = fmaf(row[c] - mean, row[c] - mean, squares);
-    const float rstd = rsqrtf(warp_sum(squares) / static_cast<float>(width) + eps);
-    const int end = place.first + place.products * kChannels;
-    for (int c = place.first + place.lane; c < end; c += kWarp)
-        normed[c] = c < width ? (row[c] - mean) * rstd : 0.0f;
-    return rstd;
+                                      float2* moments, float* normed, float* gammas) {
+    constexpr int kEach = kProducts * kChannels / kWarp;
+    const float* row = Saved::column(d, image, Saved::Cls) + place.first;
+    const Vector& gamma = d.parameters.norm_weight;
+    float x[kEach], factors[kEach], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const int c = place.lane + i * kWarp;
+        const bool there = c < place.channels;
+        x[i] = there ? row[c] : 0.0f;
+        factors[i] = there ? load_element(gamma.data, gamma.dtype, (place.first + c) * gamma.stride) : 0.0f;
+        sum += x[i];
+    }
+    const float mean = place.mean_of_slice(warp_sum(sum));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const float centred = place.lane + i * kWarp < place.channels ? x[i] - mean : 0.0f;
+        squares = fmaf(centred, centred, squares);
+    }
+    squares = warp_sum(squares);
+    if (place.lane == 0) moments[place.warp * kTokens] = make_float2(mean, squares);
+    __syncthreads();
+    const float2 statistics = token_statistics(moments, 1, 0, eps, place);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const int c = place.lane + i * kWarp;
+        if (c >= place.products * kChannels) continue;
+        normed[c] = c < place.channels ? (x[i] - statistics.x) * statistics.y : 0.0f;
+        gammas[c] = factors[i];
+    }
+    __syncwarp();
+    return statistics.y;
 }
 
 // The queries, gamma times the rows `from(row)` (null: zeros) in the dtype of the products, and in `sums` the
-// slice's sum of each row and of its product with x^_0, as every warp leaves them for all.
-template <Product P, int Count, typename From>
-__device__ void fill_queries(const OperandRows<P>& queries, const Direction& d, const float* normed,
+// slice's sum of each row and of its product with x^_0, as every warp leaves them for all. Four lanes have a
+// row.
+template <Product P, int Eights, typename From>
+__device__ void fill_queries(const OperandRows<P>& queries, const float* normed, const float* gammas,
                              const Place& place, float2* sums, From from) {
-    const Vector& gamma = d.parameters.norm_weight;
-    float of_rows[Count] = {}, products[Count] = {};
-    for (int c = place.first + place.lane; c < place.first + place.products * kChannels; c += kWarp) {
-        const bool there = c < place.width;
-        const float factor = there ? load_element(gamma.data, gamma.dtype, c * gamma.stride) : 0.0f;
-        const float of_cls = normed[c];
-        float values[Count];
+    const int end = place.first + place.channels;
 #pragma unroll
-        for (int row = 0; row < Count; ++row) {
-            const float* data = from(row);
-            values[row] = data && there ? data[c] : 0.0f;
-        }
+    for (int e = 0; e < Eights; ++e) {
+        const int row = 8 * e + place.g;
+        const float* data = from(row);
+        float2 values[kProducts][2];  // all are read before one is used
+        place.each_product([&](int k, int begin) {
 #pragma unroll
-        for (int row = 0; row < Count; ++row) {
-            const float value = rounded<P>(values[row] * factor);
-            queries.row(row)[c] = from_float<Operand<P>>(value);
-            of_rows[row] += value;
-            products[row] = fmaf(value, of_cls, products[row]);
-        }
+            for (int i = 0; i < 2; ++i) {
+                const int c = begin + 8 * i + 2 * place.t;
+                values[k][i] = {};
+                if (data && c + 1 < end)
+                    values[k][i] = *reinterpret_cast<const float2*>(data + c);
+                else if (data && c < end)
+                    values[k][i].x = data[c];
+            }
+        });
+        float2 found = {};
+        place.each_product([&](int k, int begin) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int c = begin + 8 * i + 2 * place.t;
+                const float2 factor = *reinterpret_cast<const float2*>(gammas + c - place.first);
+                const float2 of_cls = *reinterpret_cast<const float2*>(normed + c - place.first);
+                const float2 value =
+                    make_float2(rounded<P>(values[k][i].x * factor.x), rounded<P>(values[k][i].y * factor.y));
+                store_pair<Operand<P>>(reinterpret_cast<char*>(queries.row(row) + c), value.x, value.y);
+                found.x += value.x + value.y;
+                found.y = fmaf(value.x, of_cls.x, fmaf(value.y, of_cls.y, found.y));
+            }
+        });
+        found = make_float2(quad_sum(found.x), quad_sum(found.y));
+        if (place.t == 0) sums[place.warp * 8 * Eights + row] = found;
     }
-#pragma unroll
-    for (int row = 0; row < Count; ++row) {
-        const float2 found = make_float2(warp_sum(of_rows[row]), warp_sum(products[row]));
-        if (place.lane == 0) sums[place.warp * Count + row] = found;
-    }
+    __syncwarp();
+}
+
+// The sums that the warps left of a row.
+__device__ inline float2 sums_of_row(const float2* sums, int rows, int row, const Place& place) {
+    float2 found = {};
+    place.each_warp([&](int w) {
+        found.x += sums[w * rows + row].x;
+        found.y += sums[w * rows + row].y;
+    });
+    return found;
 }
 
 // Writes x^ over the tile or beside it, in the dtype of the products; zero where there is no token.
@@ -583,8 +765,9 @@ __device__ inline float kept(const Call& call, const Direction& d, int64_t image
 // The patches of a part: whole tiles, so that a part may have none.
 struct Part {
     int64_t begin, end;
-    __device__ Part(int64_t patches, int64_t split, int64_t splits) {
-        const int64_t tiles = ((patches + splits - 1) / splits + kTokens - 1) / kTokens;
+    __device__ Part(int64_t patches, unsigned split, unsigned splits) {
+        const int64_t tiles =
+            (static_cast<unsigned>((patches + kTokens - 1) / kTokens) + splits - 1) / splits;
         begin = min(split * tiles * kTokens, patches);
         end = min((split + 1) * tiles * kTokens, patches);
     }
