@@ -23,7 +23,7 @@ from crossvit_kernels.cross_attention.directions import Direction, ForwardOutput
 from crossvit_kernels.cross_attention.native import fusion_step
 from crossvit_kernels.linear.packed import PackedLinear
 from crossvit_kernels.patch_embed.native import Pixels, Resizing, Windows, copy_step, patch_step
-from crossvit_kernels.program import Activation, Base, Kind, Place, Precision, Program, rows_of, run
+from crossvit_kernels.program import Activation, Base, Kind, Place, Precision, Program, rows_of
 from crossvit_kernels.self_attention.native import attention_step
 
 from .encoder import MultiScaleBlock
@@ -54,9 +54,11 @@ def reasons_against(model: CrossViT) -> list[str]:
             "its parameters are not all float32, bfloat16 or float16: " + ", ".join(map(str, dtypes))
         )
     reasons += [f"{name} was replaced or has hooks" for name in _changed(model)]
-    reasons += _of_other_shape(model)
-    for k, encoder in enumerate(model.blocks):
-        if not isinstance(encoder, MultiScaleBlock) or encoder._weights() is None:
+    if not reasons:
+        reasons += _of_other_shape(model)
+    for k, encoder in enumerate(model.blocks if isinstance(model.blocks, nn.ModuleList) else ()):
+        crosses = isinstance(encoder, MultiScaleBlock) and isinstance(encoder.fusion, nn.ModuleList)
+        if not crosses or cast(MultiScaleBlock, encoder)._weights() is None:
             reasons.append(f"the fusion of blocks.{k} is not one cross-attention in each direction as built")
     return reasons
 
@@ -71,7 +73,10 @@ _PLAIN = (
 # What each part of a module is as built; those of a fusion are looked at by MultiScaleBlock.
 _INERT = (nn.Dropout, nn.Identity, DropPath)  # in eval mode
 _PARTS: dict[str, dict[str, tuple[type[nn.Module], ...]]] = {
-    "CrossViT": {"pos_drop": _INERT, "head_drop": _INERT},
+    "": {  # the model itself
+        **{"pos_drop": _INERT, "head_drop": _INERT},
+        **dict.fromkeys(("patch_embed", "blocks", "norm", "head"), (nn.ModuleList,)),
+    },
     "PatchEmbed": {"proj": (nn.Conv2d, nn.Sequential)},
     "Block": {
         **{"norm1": (nn.LayerNorm,), "attn": (Attention,), "drop_path1": _INERT},
@@ -96,24 +101,28 @@ def _changed(model: CrossViT) -> list[str]:
             names.append(name)
 
     def look_at_each(name: str, modules: Any, *kinds: type[nn.Module]) -> None:
-        for i, module in enumerate(modules if isinstance(modules, nn.Module) else ()):
-            look(f"{name}.{i}", module, *kinds)
+        if isinstance(modules, (nn.ModuleList, nn.Sequential)):
+            for i, module in enumerate(modules):
+                look(f"{name}.{i}", module, *kinds)
 
     for name, module in model.named_modules():
         if module is not model:
             look(name, module, *_PLAIN)
-        for part, kinds in _PARTS.get(type(module).__name__, {}).items():
+        for part, kinds in _PARTS.get(type(module).__name__ if name else "", {}).items():
             look(f"{name}.{part}".lstrip("."), getattr(module, part, None), *kinds)
+    if {"patch_embed", "blocks", "norm", "head"} & set(names):
+        return list(dict.fromkeys(names))
     look_at_each("patch_embed", model.patch_embed, PatchEmbed)
     for b, embed in enumerate(model.patch_embed):
-        stem = getattr(embed, "proj", None)
+        stem: Any = getattr(embed, "proj", None)
         for i, module in enumerate(stem if isinstance(stem, nn.Sequential) else [stem]):
             name = f"patch_embed.{b}.proj" + (f".{i}" if isinstance(stem, nn.Sequential) else "")
             look(name, module, nn.ReLU if i % 2 else nn.Conv2d)
             if isinstance(module, nn.Conv2d) and not _is_square(module):
                 names.append(name)
     for k, encoder in enumerate(model.blocks):
-        for b, branch in enumerate(getattr(encoder, "blocks", ())):
+        branches: Any = getattr(encoder, "blocks", ())
+        for b, branch in enumerate(branches):
             look(f"blocks.{k}.blocks.{b}", branch, nn.Sequential)
             look_at_each(f"blocks.{k}.blocks.{b}", branch, Block)
     look_at_each("norm", model.norm, nn.LayerNorm)
@@ -134,7 +143,8 @@ def _is_square(convolution: nn.Conv2d) -> bool:
 def _of_other_shape(model: CrossViT) -> Iterator[str]:
     """What is of another width than the program counts on, though the model itself may take it."""
     for k, encoder in enumerate(model.blocks):
-        for b, branch in enumerate(getattr(encoder, "blocks", ())):
+        branches: Any = getattr(encoder, "blocks", ())
+        for b, branch in enumerate(branches):
             for i, block in enumerate(branch):
                 qkv = getattr(getattr(block, "attn", None), "qkv", None)
                 if isinstance(qkv, nn.Linear) and qkv.weight.shape[0] != 3 * model.embed_dim[b]:
@@ -301,19 +311,20 @@ class _Weights:
     @property
     def nbytes(self) -> int:
         with self._lock:
-            arenas = sum(i.arena.nbytes for free in self._free.values() for i in free)
+            instances = [instance for free in self._free.values() for instance in free]
+            arenas = sum(i.arena.nbytes + i.scratch.nbytes for i in instances)
         return arenas + sum(p.nbytes for p in self.packed)
 
     def _linear(
         self, layer: Any, norm: Any = None, scale: float = 1.0, precision: Precision | None = None
     ) -> PackedLinear:
-        folded = (None, None) if norm is None else (norm.weight, norm.bias)
         packed = PackedLinear(
             layer.weight.flatten(1).contiguous(),
             layer.bias,
-            *folded,
-            scale,
-            self.precision if precision is None else precision,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            scale=scale,
+            precision=self.precision if precision is None else precision,
         )
         self.packed.append(packed)
         return packed
@@ -370,7 +381,7 @@ class _Weights:
         for first in range(0, x.shape[0], _SLICE):
             images = x[first : first + _SLICE]
             instance = self._instance(model, images)
-            instance.run(images, logits[first : first + _SLICE])
+            instance.run(self, images, logits[first : first + _SLICE])
             with self._lock:
                 self._free[instance.key] = [*self._free.pop(instance.key, []), instance]
                 while len(self._free) > _KEPT:
@@ -412,6 +423,10 @@ class _Instance:
         if weights.classes:
             self._classify(model)
         self.words = self.program.packed()
+        # Kept, as taking it for each call would leave holes between what callers keep.
+        self.isa, _, scratch = native.load().program_plan(self.words, self.capacity, self.threads)
+        self.scratch = torch.empty(scratch + 16, dtype=torch.int32, device="cpu")
+        del self.weights  # which hold this: without a cycle, all of it goes with its last user
 
     def _arena(self, model: CrossViT, size: tuple[int, int], grids: list[tuple[int, int]]) -> None:
         """Tokens of every image, and for each worker what a block passes from step to step."""
@@ -451,7 +466,7 @@ class _Instance:
         program.add(Kind.COPY, copy_step(rows_of(first), tokens, 1, weights.widths[b]))
         bytes_of = x.element_size()
         place = Place(Base.INPUT, 0, x.dtype, 0, of_image=x.stride(0) * bytes_of)
-        strides = [s * bytes_of for s in x.stride()[1:]]
+        strides = cast(tuple[int, int, int], tuple(s * bytes_of for s in x.stride()[1:]))
         pixels = Pixels(place, x.shape[1], *size, *strides)
         seen = model.branch_sizes(size)[b]
         resizing = None
@@ -529,13 +544,16 @@ class _Instance:
             step = head.step(rows_of(self.tokens[b]), logits, 1, eps=eps, residual=residual)
             self.program.add(Kind.LINEAR, step)
 
-    def run(self, x: Tensor, out: Tensor) -> None:
-        run(self.words, x.shape[0], x.data_ptr(), out.data_ptr(), self.threads)
-        if not self.weights.classes:
-            rows = (y[: x.shape[0], 0] for y in self.tokens)
+    def run(self, weights: _Weights, x: Tensor, out: Tensor) -> None:
+        module, images = native.load(), x.shape[0]
+        _, threads, _ = module.program_plan(self.words, images, self.threads)  # one after a fork
+        scratch = self.scratch.data_ptr() + -self.scratch.data_ptr() % 64
+        module.run_program(self.words, images, x.data_ptr(), out.data_ptr(), scratch, self.isa, threads)
+        if not weights.classes:
+            rows = (y[:images, 0] for y in self.tokens)
             normalised = (
                 F.layer_norm(row, row.shape[1:], weight.float(), bias.float(), eps)
-                for row, (weight, bias, eps) in zip(rows, self.weights.norms, strict=True)
+                for row, (weight, bias, eps) in zip(rows, weights.norms, strict=True)
             )
             torch.cat(tuple(normalised), dim=1, out=out)
 

@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from crossvit_kernels import cross_attention
 
-from .layers import Attention, DropPath, NormLayer, check_heads, projection
+from .layers import Attention, DropPath, NormLayer, check_heads, is_plain, projection
 
 
 class CrossAttention(nn.Module):
@@ -147,20 +146,6 @@ class CrossAttentionBlock(nn.Module):
         cls, attention = compute(return_attention=True)
         attention_maps.append(attention)
         return cls
-
-
-def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would do what its class does with plain tensors, and nothing else."""
-    if type(module) is not kind or "forward" in module.__dict__:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if module._backward_hooks or module._backward_pre_hooks:
-        return False
-    for parameter in module._parameters.values():
-        if type(parameter) is not nn.Parameter and is_traceable_wrapper_subclass(parameter):
-            return False  # quantised or sharded
-    return True
 
 
 def is_projection(module: Any) -> bool:

@@ -8,8 +8,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from crossvit_kernels.linear.packed import PackedCache
+
+from . import native_block
 
 NormLayer = Callable[..., nn.Module]
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling the module would do what its class does with plain tensors, and nothing else."""
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    for parameter in module._parameters.values():
+        if type(parameter) is not nn.Parameter and is_traceable_wrapper_subclass(parameter):
+            return False  # quantised or sharded
+    return True
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -80,6 +99,13 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
 
+def _passes(module: nn.Module) -> bool:
+    """Whether it hands on what it is given."""
+    if isinstance(module, DropPath) and is_plain(module, DropPath):
+        return not module.training or module.drop_prob == 0.0
+    return is_plain(module, nn.Identity)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, [B, N, C] -> [B, N, C]."""
 
@@ -125,7 +151,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Eq. 1: x + MSA(LN(x)), then x + FFN(LN(x))."""
+    """Eq. 1: x + MSA(LN(x)), then x + FFN(LN(x)).
+
+    Without a gradient, on the CPU, it is one program of the compiled module (`native_block`), on a packed
+    copy of the weights that is made at the first such call and dropped by train() and to(). Where someone
+    has changed or hooked a submodule, and everywhere else, the submodules are called.
+    """
 
     def __init__(
         self,
@@ -146,8 +177,38 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self._packed = PackedCache()
+
+    def is_as_built(self) -> bool:
+        """Whether nothing but this class's own forward, without dropout, has to run."""
+        attn, mlp = self.attn, self.mlp
+        if not (is_plain(attn, Attention) and is_plain(mlp, Mlp)):
+            return False
+        linear = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        norms = (self.norm1, self.norm2)
+        dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
+        return (
+            all(is_plain(m, nn.Linear) for m in linear)
+            and all(is_plain(m, nn.LayerNorm) and m.weight is not None for m in norms)
+            and all(is_plain(m, nn.Dropout) and not (m.training and m.p > 0) for m in dropouts)
+            and all(_passes(m) for m in (self.drop_path1, self.drop_path2))
+            and (is_plain(mlp.act, nn.GELU) and mlp.act.approximate == "none")
+            and not nn.modules.module._has_any_global_hook()
+        )
+
+    def train(self, mode: bool = True) -> Block:
+        if mode:
+            self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> Block:
+        self._packed.clear()
+        return super()._apply(*args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        parameters = native_block.taken(self, x)
+        if parameters is not None:
+            return native_block.run(self, x, parameters, self._packed)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 

@@ -299,9 +299,9 @@ class CrossViT(nn.Module):
     def freeze(self, dtype: torch.dtype | None = None, check: bool = True) -> CrossViT:
         """Pack the weights for inference on the CPU; `forward` is then one call into compiled code.
 
-        The model is put into eval mode, keeps its parameters, and gives logits without a gradient. Autocast is
-        ignored: `dtype` says it all. Methods other than `forward` run as before. Hooks that are registered on
-        submodules later are not called.
+        The model is put into eval mode, keeps its parameters, and gives logits without a gradient. Autocast
+        is ignored: `dtype` says it all. Methods other than `forward` run as before. Hooks that are registered
+        on submodules later are not called.
 
         Args:
             dtype: what matrices are multiplied in, torch.float32 or torch.bfloat16, tokens stay float32; by

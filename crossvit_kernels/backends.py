@@ -37,6 +37,7 @@ class Call:
         widths: channels of the patches, one number a direction.
         heads: the same of heads.
         plain: only PyTorch's own operators may be used (`modes.plain_operators_only`).
+        against: (backend, why) for what this call asks of the operation and that backend does not do.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Call:
     widths: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     plain: bool = False
+    against: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Backend:
                 reasons.append(f"it takes floating-point tensors, got {call.tokens} and {call.weights}")
         elif (call.tokens, call.weights) not in self.dtypes:
             reasons.append(f"it does not take {call.tokens} tokens with {call.weights} weights")
-        return reasons
+        return reasons + [why for name, why in call.against if name == self.name]
 
 
 BACKENDS: dict[str, Backend] = {
@@ -149,6 +151,11 @@ def _check_name(name: str, source: str) -> None:
 def backends() -> tuple[str, ...]:
     """Names of all backends, in the order in which "auto" tries them."""
     return tuple(BACKENDS)
+
+
+def selected() -> str:
+    """What backend="auto" stands for now: the name of `use_backend` or of CROSSVIT_BACKEND, else "auto"."""
+    return _selected
 
 
 @contextmanager

@@ -12,7 +12,10 @@ from . import native
 from .backends import BACKENDS
 from .cross_attention import cross_attention, cuda_launch
 from .cross_fusion import FusionWeights, cross_fusion
+from .linear import linear
 from .modes import without_autocast
+from .patch_embed import patch_embed
+from .self_attention import self_attention
 from .validation import precision_of_float32
 
 
@@ -27,6 +30,8 @@ def check_all() -> Iterator[tuple[str, bool]]:
                 if known.missing() is not None or device not in (known.devices or devices):
                     continue
                 if backend == "cuda" and no_cuda:
+                    continue
+                if operation in _WITHOUT_GPU_KERNELS and known.tried_first:
                     continue
                 for isa in isas if backend == "cpu" else [None]:
                     where = f"{backend} on {device}" if isa is None else f"{backend} with {isa}"
@@ -95,9 +100,62 @@ def _fusion_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[
     return tensors, run
 
 
-_CASES = {"cross_attention": _attention_case, "cross_fusion": _fusion_case}
+def _linear_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+    draw, (width,) = _Inputs(), widths
+    tensors = [draw.normal(3, _PATCHES, width), draw.normal(3, _PATCHES, 2 * width)]
+    tensors += [*draw.linear(2 * width, width), *draw.norm(width)]
+
+    def run(x: list[Tensor], backend: str) -> list[Tensor]:
+        tokens, residual, weight, bias, norm_weight, norm_bias = x
+        y = linear(
+            *(tokens, weight, bias),
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            activation="gelu",
+            residual=residual,
+            backend=backend,
+        )
+        return [y]
+
+    return tensors, run
+
+
+def _self_attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+    def run(x: list[Tensor], backend: str) -> list[Tensor]:
+        return [self_attention(x[0], heads[0], backend=backend)]
+
+    return [_Inputs().normal(3, _PATCHES, 3 * widths[0])], run
+
+
+def _patch_embed_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+    """Resized, with a remainder: 7 x 9 patches of 4 pixels."""
+    draw, (width,) = _Inputs(), widths
+    tensors = [draw.normal(3, 3, 33, 41), draw.normal(64, width)]
+    tensors += [draw.normal(width, 3, 4, 4) / 48**0.5, draw.normal(width), draw.normal(width)]
+
+    def run(x: list[Tensor], backend: str) -> list[Tensor]:
+        image, position, weight, bias, cls_token = x
+        return [patch_embed(image, weight, bias, position, cls_token, size=(30, 37), backend=backend)]
+
+    return tensors, run
+
+
+_CASES = {
+    "cross_attention": _attention_case,
+    "cross_fusion": _fusion_case,
+    "linear": _linear_case,
+    "self_attention": _self_attention_case,
+    "patch_embed": _patch_embed_case,
+}
+_WITHOUT_GPU_KERNELS = ("linear", "self_attention", "patch_embed")
 # Odd ones, which leave every tile of every kernel unfilled.
-_WIDTHS = {"cross_attention": ((96,), (3,)), "cross_fusion": ((40, 96), (3, 4))}
+_WIDTHS = {
+    "cross_attention": ((96,), (3,)),
+    "cross_fusion": ((40, 96), (3, 4)),
+    "linear": ((65,), ()),
+    "self_attention": ((51,), (3,)),
+    "patch_embed": ((35,), ()),
+}
 
 
 def what_is_wrong(

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modes import forward_mode
+from .modes import forward_mode, without_autocast
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
 
 
-def define(schema: str, kernel: Callable, fake: Callable) -> Any:
+def define(schema: str, kernel: Callable, fake: Callable, devices: Sequence[str] = ("CPU", "CUDA")) -> Any:
     """The operator of this schema with its kernel and its shapes; under vmap it runs once a slice."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
+    for key in devices:
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"crossvit_kernels::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.crossvit_kernels, name).default
@@ -56,6 +56,26 @@ def any_requires_grad(args: Sequence[Any]) -> bool:
     return False
 
 
+def vjp(function: Any, inputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
+    """Gradients of `inputs`, of which some are None, by differentiating `function` once more; differentiable.
+
+    An incoming gradient that is None belongs to an output that is not looked at.
+    """
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    looked_at = [i for i, g in enumerate(grads) if g is not None]
+
+    def present(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = dict(zip(given, tensors, strict=True))
+        outputs = function(*(arguments.get(i) for i in range(len(inputs))))
+        return tuple(outputs[i] for i in looked_at)
+
+    with without_autocast(inputs[0].device.type):
+        outputs, pull_back = torch.func.vjp(present, *(inputs[i] for i in given))  # type: ignore[misc]
+        found = pull_back(tuple(grads[i].to(y.dtype) for i, y in zip(looked_at, outputs, strict=True)))
+    results = dict(zip(given, found, strict=True))
+    return tuple(results.get(i) for i in range(len(inputs)))
+
+
 def _once_a_slice(operator: Any) -> Callable:
     def without_dimension(arg: Any, dim: Any, take: Callable[[Tensor, int], Tensor]) -> Any:
         if isinstance(arg, (list, tuple)):
@@ -79,10 +99,13 @@ def _once_a_slice(operator: Any) -> Callable:
 
         if info.batch_size > 0:
             calls = [call(partial(torch.select, index=i)) for i in range(info.batch_size)]
-            results = tuple(map(together, zip(*calls, strict=True)))
+            results = together(calls)
         else:  # no slice tells the shapes: those of one slice of zeros, none of them
-            one = call(lambda x, dim: x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))
-            results = tuple(of_each(y, lambda y: y.new_empty((0, *y.shape))) for y in one)
-        return results, tuple(of_each(y, lambda y: 0) for y in results)
+            calls = [call(lambda x, dim: x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))]
+            results = of_each(calls[0], lambda y: y.new_empty((0, *y.shape)))
+        dims = of_each(results, lambda y: 0)
+        if isinstance(calls[0], tuple):
+            return tuple(results), tuple(dims)
+        return results, dims
 
     return rule

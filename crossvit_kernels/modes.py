@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -32,3 +34,26 @@ def plain_operators_only() -> bool:
     torch.jit.trace and ONNX exports record them, and forward-mode differentiation has rules for them.
     """
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or forward_mode()
+
+
+def only_values_count(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call is for its values now, and may be computed past PyTorch from the memory of its tensors.
+
+    No gradient is wanted, nothing records or transforms the call (torch.compile, exports, torch.func, modes
+    that see operators), and the tensors are PyTorch's own, dense ones.
+    """
+    if torch.compiler.is_compiling() or plain_operators_only():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    differentiates = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return False
+        if x.layout is not torch.strided or (differentiates and x.requires_grad):
+            return False
+    return True

@@ -49,7 +49,7 @@ def precision_of(dtype: torch.dtype) -> Precision:
 
 @dataclass(frozen=True)
 class Place:
-    """Where each image, or each worker, has its rows of channels; distances are bytes, channels contiguous."""
+    """Where each image, or each worker, has its rows of contiguous channels; distances are bytes."""
 
     base: Base
     data: int
@@ -77,6 +77,31 @@ def rows_of(x: Tensor) -> Place:
     size = x.element_size()
     of_image = x.stride(0) * size if x.ndim == 3 else 0
     return Place(Base.FIXED, x.data_ptr(), x.dtype, x.stride(-2) * size, of_image)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same values with contiguous channels, and no view that stands for -x."""
+    x = x.detach().resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def in_images(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [..., channels] as [images, rows, channels], all of the same images and rows.
+
+    One image where strides allow it, so that threads share its rows; copied where nothing else goes.
+    """
+    tensors = tuple(plain(x) for x in tensors)
+    try:
+        return [x.view(1, -1, x.shape[-1]) for x in tensors]
+    except RuntimeError:  # rows are not one distance apart
+        if tensors[0].ndim == 3:
+            return list(tensors)
+        return [x.contiguous().view(1, -1, x.shape[-1]) for x in tensors]
+
+
+def threads_for(operations: int) -> int:
+    """As many of torch's threads as have some 100,000 operations each: waking one takes microseconds."""
+    return max(1, min(torch.get_num_threads(), operations // 100_000))
 
 
 def bits(x: float) -> int:

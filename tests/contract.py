@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -241,3 +242,48 @@ def check_against(
             assert subject.backend == "reference" or not got.any(), f"{name} is zero by its formula"
             continue
         assert error(got, want) <= bound, f"{name}: error {error(got, want):.2e}, allowed {bound:.2e}"
+
+
+# For operations whose gradients are those of their definition (crossvit_kernels/by_definition.py)
+
+every_isa = pytest.mark.parametrize("isa", _isas())
+STORED = (torch.float32, *LOW)
+
+
+def check_values(mine: Tensor, eager: Tensor, exact: Tensor, what: object = "") -> None:
+    """By the rule for kernels: at most twice the error of eager PyTorch in the same dtype, plus a step."""
+    assert mine.dtype == eager.dtype
+    assert mine.shape == eager.shape
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(mine).all(), what
+    scale = exact.abs().max().clamp_min(1e-30)
+    error, rival = ((x.double() - exact).abs().max() / scale for x in (mine, eager))
+    step = torch.finfo(mine.dtype).eps
+    bound = 2 * rival + step * (32 if step < 1e-6 else 1)
+    assert error <= bound, f"{what}: error {error:.2e}, allowed {bound:.2e}"
+
+
+class Guards:
+    """What torch.empty gives lies between bytes that must not change, and is NaN before it is written."""
+
+    MARGIN, PATTERN = 256, 0xA5
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.buffers: list[Tensor] = []
+        self._empty = torch.empty
+        monkeypatch.setattr(torch, "empty", self._guarded)
+
+    def _guarded(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = math.prod(sizes) * dtype.itemsize
+        buffer = self._empty(count + 2 * self.MARGIN, dtype=torch.uint8).fill_(self.PATTERN)
+        self.buffers.append(buffer)
+        inside = buffer[self.MARGIN : self.MARGIN + count].fill_(0xFF)
+        return inside.view(dtype).view(sizes)
+
+    def check(self) -> None:
+        assert self.buffers
+        for buffer in self.buffers:
+            for margin in (buffer[: self.MARGIN], buffer[-self.MARGIN :]):
+                assert (margin == self.PATTERN).all(), "something was written outside"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +51,20 @@ def wild_singletons(x: Tensor) -> Tensor:
     x = contiguous(x)
     strides = [7919 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     return x.as_strided(x.shape, strides)
+
+
+def before_a_fence(x: Tensor) -> Tensor:
+    """Its last byte is that of a page, and the page behind may not be read. For Linux; never freed."""
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    system.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    pages = (-(-x.nbytes // mmap.PAGESIZE) or 1) * mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    base = system.mmap(None, pages + mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert system.mprotect(base + pages, mmap.PAGESIZE, 0) == 0
+    memory = (ctypes.c_char * max(1, x.nbytes)).from_address(base + pages - x.nbytes)
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
 
 
 ALL: tuple[Layout, ...] = (

@@ -40,10 +40,17 @@ def run(root: Path, arguments: list[str]) -> subprocess.CompletedProcess:
     return run_tests(root, [*arguments, "--capture=no"], LD_PRELOAD=runtime(), ASAN_OPTIONS="detect_leaks=0")
 
 
+FORWARD = [f"tests/test_{name}.py" for name in ("linear", "self_attention", "patch_embed")]
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [CONTRACT, ["tests/test_random_calls.py", "-k", "random_calls[0] or random_calls[1]"]],
-    ids=["contract", "random calls"],
+    [
+        CONTRACT,
+        ["tests/test_random_calls.py", "-k", "random_calls[0] or random_calls[1]"],
+        [*FORWARD, "-k", "odd_sizes or gaps or layout or option"],
+    ],
+    ids=["contract", "random calls", "forward alone"],
 )
 def test_no_access_outside_and_nothing_undefined(arguments, tmp_path, monkeypatch):
     copy_project(tmp_path)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ..library import any_requires_grad, define, differentiate_by
-from ..modes import without_autocast
+from ..library import any_requires_grad, define, differentiate_by, vjp
 from . import absorbed, cuda_launch, native
 from .directions import Direction, ForwardOutputs, Gradients
 from .gpu_preference import chosen
@@ -320,26 +319,6 @@ class CrossAttention(torch.autograd.Function):
             )
         results = (*results[:3], *(None,) * 6, *results[3:])
         return tuple(g if n else None for g, n in zip(results, needs, strict=True))
-
-
-def vjp(function: Any, inputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
-    """Gradients of `inputs`, of which some are None, by differentiating `function` once more; differentiable.
-
-    An incoming gradient that is None belongs to an output that is not looked at.
-    """
-    given = [i for i, x in enumerate(inputs) if x is not None]
-    looked_at = [i for i, g in enumerate(grads) if g is not None]
-
-    def present(*tensors: Tensor) -> tuple[Tensor, ...]:
-        arguments = dict(zip(given, tensors, strict=True))
-        outputs = function(*(arguments.get(i) for i in range(len(inputs))))
-        return tuple(outputs[i] for i in looked_at)
-
-    with without_autocast(inputs[0].device.type):
-        outputs, pull_back = torch.func.vjp(present, *(inputs[i] for i in given))  # type: ignore[misc]
-        found = pull_back(tuple(grads[i].to(y.dtype) for i, y in zip(looked_at, outputs, strict=True)))
-    results = dict(zip(given, found, strict=True))
-    return tuple(results.get(i) for i in range(len(inputs)))
 
 
 def _differentiable(

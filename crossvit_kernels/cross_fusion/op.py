@@ -21,10 +21,9 @@ from ..cross_attention.op import (
     none_as_empty,
     plain,
     settled,
-    vjp,
     weight_gradients,
 )
-from ..library import any_requires_grad, define, differentiate_by
+from ..library import any_requires_grad, define, differentiate_by, vjp
 from .operands import Operands
 from .reference import fusion_with
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -43,7 +47,8 @@ class PackedLinear:
             added += exact @ norm_bias.detach().double()
         if norm_weight is not None:
             exact = exact * norm_weight.detach().double()
-        self._pack(exact.to(torch.bfloat16 if precision == Precision.BFLOAT16 else torch.float32))
+        exact = exact.to(torch.bfloat16 if precision == Precision.BFLOAT16 else torch.float32)
+        self._pack(exact.contiguous())
         padded = -(-self.outputs // _PANEL) * _PANEL
         self.bias = torch.zeros(padded)
         self.bias[: self.outputs] = added
@@ -80,3 +85,88 @@ class PackedLinear:
             *(self.words.data_ptr(), self.bias.data_ptr(), int(activation)),
             *(int(eps is not None), bits(eps or 0.0)),
         ]
+
+
+class _Packed(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+P = TypeVar("P", bound=_Packed)
+
+
+class PackedCache:
+    """What was packed from some tensors, as long as they are what they were. Copies and pickles are empty.
+
+    Seen at once: another tensor, dtype, shape or address, and writes that torch counts. Writes past that
+    count (through `.data`, by NumPy, by another process) are seen where they meet one of the elements that
+    are compared: the first of every 4 KiB of each tensor, and its last. Callable from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def get(self, tensors: Sequence[Tensor | None], pack: Callable[[], P]) -> P:
+        """What `pack` made of these tensors, which it is called for where they are not those of before."""
+        if any(x is not None and x.is_inference() for x in tensors):
+            return pack()  # torch does not count what is written to them
+        entry, isa = self._entry, native.load().isa()
+        if entry is None or entry.isa != isa or entry.changed(tensors):
+            # What is compared is read first: a write while packing is then seen by the next call.
+            entry = _Entry(isa, tensors)
+            entry.packed = pack()
+            self._entry = entry
+        return entry.packed
+
+    def clear(self) -> None:
+        self._entry = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is packed now."""
+        entry = self._entry
+        return 0 if entry is None else entry.packed.nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
+        return PackedCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedCache, ()
+
+
+class _Entry:
+    packed: Any
+
+    def __init__(self, isa: str, tensors: Sequence[Tensor | None]) -> None:
+        self.isa = isa
+        # Weak: parameters that were replaced do not live on here.
+        self.references = [_absent if x is None else weakref.ref(x) for x in tensors]
+        self.states = [None if x is None else _state(x) for x in tensors]
+        regions = [(x.data_ptr(), _span(x)) for x in tensors if x is not None and x.numel() > 0]
+        self.regions = torch.tensor(regions, dtype=torch.int64).reshape(-1, 2)
+        self.fingerprint = self._read()
+
+    def _read(self) -> int:
+        return native.load().fingerprint(self.regions.data_ptr(), len(self.regions))
+
+    def changed(self, tensors: Sequence[Tensor | None]) -> bool:
+        if len(tensors) != len(self.references):
+            return True
+        for x, reference, state in zip(tensors, self.references, self.states, strict=True):
+            if reference() is not x or (x is not None and _state(x) != state):
+                return True
+        return self._read() != self.fingerprint
+
+
+def _absent() -> None:
+    """The reference to what is not there."""
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x._version, x.dtype, x.shape, x.stride()
+
+
+def _span(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last one in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()

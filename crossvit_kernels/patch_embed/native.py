@@ -1,13 +1,15 @@
-"""The steps of the compiled module that cut an image into windows."""
+"""The steps of the compiled module that cut an image into windows, and the call into csrc/patch_embed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..program import Place
+from ..linear.packed import PackedLinear
+from ..program import Base, Kind, Place, Precision, Program, plain, precision_of, rows_of, run, threads_for
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,14 @@ class Resizing:
     centre, those outside of the image moved to its edge.
     """
 
-    def __init__(self, old: tuple[int, int], new: tuple[int, int]) -> None:
-        axes = [_taps(before, after) for before, after in zip(old, new, strict=True)]
+    def __init__(
+        self, old: tuple[int, int], new: tuple[int, int], seen: tuple[int, int] | None = None
+    ) -> None:
+        """`seen`: how many lines and columns of the resized image are wanted, from the first on."""
+        axes = [
+            tuple(x[:, :count] for x in _taps(before, after))
+            for before, after, count in zip(old, new, seen or new, strict=True)
+        ]
         self.taps = torch.cat([taps.flatten() for taps, _ in axes]).to(torch.int32)
         self.weights = torch.cat([weights.flatten() for _, weights in axes]).float()
 
@@ -86,3 +94,52 @@ def patch_step(
 def copy_step(source: Place, out: Place, rows: int, channels: int) -> list[int]:
     """The words of struct CopyStep."""
     return [*source.words(), *out.words(), rows, channels]
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor,
+    cls_token: Tensor,
+    size: Sequence[int] | None,
+) -> Tensor:
+    """As the definition."""
+    image, position = image.detach().resolve_neg(), plain(position)
+    patch, precision = weight.shape[-1], precision_of(weight.dtype)
+    old = (image.shape[-2], image.shape[-1])
+    new = old if size is None else (size[0], size[1])
+    rows, columns = (side // patch for side in new)
+    out = torch.empty((image.shape[0], 1 + rows * columns, weight.shape[0]), dtype=position.dtype)
+    if image.shape[1] != weight.shape[1] or position.shape != out.shape[1:] or min(old) < 1:
+        raise ValueError(
+            f"image, weight and position do not fit: got {list(image.shape)}, {list(weight.shape)} and "
+            f"{list(position.shape)} for {rows} x {columns} patches"
+        )
+    if out.numel() == 0:
+        return out
+    seen = (rows * patch, columns * patch)
+    resizing = None if new == old else Resizing(old, new, seen)
+    packed = PackedLinear(weight.flatten(1), bias, precision=precision)
+    first = (position[:1] + cls_token.detach()).contiguous()
+
+    threads = threads_for(2 * image.shape[0] * rows * columns * weight.numel())
+    dtype = torch.bfloat16 if precision == Precision.BFLOAT16 else torch.float32
+    windows = torch.empty((threads, rows * columns, packed.channels), dtype=dtype)
+    of_row, of_worker = (windows.stride(i) * windows.element_size() for i in (1, 0))
+    cut = Place(Base.FIXED, windows.data_ptr(), dtype, of_row, of_worker=of_worker)
+    of_image, of_channel, of_line, of_pixel = (x * image.element_size() for x in image.stride())
+    place = Place(Base.FIXED, image.data_ptr(), image.dtype, 0, of_image)
+    height, width = seen if resizing is None else old
+    pixels = Pixels(place, image.shape[1], height, width, of_channel, of_line, of_pixel)
+    tokens = rows_of(out)
+    program = Program()
+    program.images()
+    program.add(Kind.COPY, copy_step(rows_of(first), tokens, 1, packed.outputs))
+    program.add(
+        Kind.PATCHES, patch_step(pixels, cut, Windows(patch, patch, 0, rows, columns), seen, resizing)
+    )
+    residual = rows_of(position).row(1)
+    program.add(Kind.LINEAR, packed.step(cut, tokens.row(1), rows * columns, residual=residual))
+    run(program.packed(), image.shape[0], threads=threads)
+    return out
