@@ -214,6 +214,7 @@ def test_validate_where_there_is_none():
 def test_what_was_measured_goes_before_the_rule(monkeypatch):
     kind = ("cross_fusion", False)
     assert preferred("sm_90", *kind, 65, torch.float32) == ("triton", "cuda")
+    assert preferred("sm_90", *kind, 65, torch.bfloat16) == ("cuda", "triton")
     rows = ((1, ("triton",)), (32, ("cuda", "triton")), (256, ("cuda",)))
     monkeypatch.setitem(gpu_preference._MEASURED, ("sm_90", *kind, torch.float32), rows)
     found = [preferred("sm_90", *kind, batch, torch.float32) for batch in (1, 2, 32, 33, 1000)]

@@ -16,16 +16,17 @@ Names = tuple[str, ...]
 # The last row stands for all greater batches too.
 _MEASURED: dict[tuple[str, str, bool, torch.dtype], tuple[tuple[int, Names], ...]] = {}
 
-# The static model (docs/compile_table.md) has Triton's kernels ahead, as the CUDA ones execute more
-# instructions a tile. A prediction, not a measurement.
-_PREDICTED: Names = ("triton", "cuda")
+# The static model (docs/compile_table.md), for lack of measurements. It is of bfloat16, where CUDA's kernels are
+# ahead or level but for a backward of one image on an A100; in other dtypes they execute more a tile.
+_PREDICTED: dict[torch.dtype, Names] = {torch.bfloat16: ("cuda", "triton")}
+_OTHERWISE: Names = ("triton", "cuda")
 
 
 def preferred(architecture: str, operation: str, backward: bool, batch: int, matrices: torch.dtype) -> Names:
     """Backends, fastest first: as measured on this architecture, else as predicted."""
     rows = _MEASURED.get((architecture, operation, backward, matrices))
     if rows is None:
-        return _PREDICTED
+        return _PREDICTED.get(matrices, _OTHERWISE)
     return next((names for largest, names in rows if batch <= largest), rows[-1][1])
 
 
