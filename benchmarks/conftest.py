@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from crossvit_kernels.measure import compare, interleaved, peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 15
+THREADS_OF_MACHINE = torch.get_num_threads()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a large size, run with --full only")
     if getattr(config.option, "benchmark_json", None) is None and not config.option.collectonly:
         RESULTS.mkdir(exist_ok=True)
-        config._crossvit_results = RESULTS / f"{machine_name()}.json"
+        # A run of some of them (-k) leaves the results of all alone.
+        some = re.sub(r"[^a-z0-9]+", "-", config.option.keyword.lower()).strip("-")
+        config._crossvit_results = RESULTS / f"{machine_name()}{some and '-' + some}.json"
         # Written beside and renamed at the end: an interrupted run leaves the earlier results.
         config.option.benchmark_json = str(config._crossvit_results.with_suffix(".json.part"))
 
@@ -138,7 +142,29 @@ def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -
     return run
 
 
+_printed: list[str] = []
+
+
+def print_line(line: str) -> None:
+    """Into the summary at the end."""
+    _printed.append(line)
+
+
+def progress(what: str, done: int, of: int) -> None:
+    """A bar on the terminal, over the one before; none where there is no terminal."""
+    terminal = sys.__stderr__
+    if terminal is None or not terminal.isatty():
+        return
+    bar = "#" * (20 * done // of)
+    terminal.write(f"\r\033[K[{bar:20s}] {what}" if what else "\r\033[K")
+    terminal.flush()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _printed:
+        terminalreporter.section("rivals on the CPU, each in its own process; intervals are 95 %")
+        for line in _printed:
+            terminalreporter.write_line(line)
     if _lines:
         terminalreporter.section("races: this package, rival, then peak memory of both; intervals are 95 %")
         for line in _lines:

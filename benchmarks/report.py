@@ -26,7 +26,8 @@ def table(path: Path) -> str:
             name = bench["name"].removeprefix("test_").replace("[", ": ").rstrip("]").replace("_", " ")
             ratio = f"{race['ratio']:.2f} ({race['low']:.2f}-{race['high']:.2f})"
             times = (f"{race[which] * 1e3:.2f} ms" for which in ("ours_seconds", "rival_seconds"))
-            cells = (name, key.removeprefix("against "), *times, ratio, f"{race['memory_ratio']:.2f}")
+            memory = f"{race['memory_ratio']:.2f}" if "memory_ratio" in race else ""
+            cells = (name, key.removeprefix("against "), *times, ratio, memory)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

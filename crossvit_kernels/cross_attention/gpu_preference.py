@@ -16,8 +16,8 @@ Names = tuple[str, ...]
 # The last row stands for all greater batches too.
 _MEASURED: dict[tuple[str, str, bool, torch.dtype], tuple[tuple[int, Names], ...]] = {}
 
-# The static model (docs/compile_table.md), for lack of measurements. It is of bfloat16, where CUDA's kernels are
-# ahead or level but for a backward of one image on an A100; in other dtypes they execute more a tile.
+# The static model (docs/compile_table.md), for lack of measurements. It is of bfloat16, where CUDA's kernels
+# are ahead or level but for a backward of one image on an A100; in other dtypes they execute more a tile.
 _PREDICTED: dict[torch.dtype, Names] = {torch.bfloat16: ("cuda", "triton")}
 _OTHERWISE: Names = ("triton", "cuda")
 
