@@ -85,7 +85,7 @@ def run(block: Block, x: Tensor, parameters: list[Tensor | None], cache: PackedC
     x = plain(x)
     batch, tokens, width = x.shape
     hidden, heads = layers.fc1.outputs, block.attn.num_heads
-    out = torch.empty((batch, tokens, width), dtype=x.dtype)
+    out = torch.empty((batch, tokens, width), dtype=x.dtype, device="cpu")
     operations = 2 * batch * tokens * (width * (4 * width + 2 * hidden) + 2 * tokens * width)
     threads = threads_for(operations)
 
@@ -93,7 +93,7 @@ def run(block: Block, x: Tensor, parameters: list[Tensor | None], cache: PackedC
     size = x.element_size()
     wide = -(-tokens * max(3 * width, hidden) * size // 64) * 64
     narrow = -(-tokens * width * size // 64) * 64
-    memory = torch.empty((threads, wide + narrow), dtype=torch.uint8)
+    memory = torch.empty((threads, wide + narrow), dtype=torch.uint8, device="cpu")
 
     def scratch(offset: int, columns: int) -> Place:
         at = memory.data_ptr() + offset

@@ -136,6 +136,6 @@ def run(words: bytes, images: int, input: int = 0, output: int = 0, threads: int
     module = native.load()
     most = torch.get_num_threads() if threads is None else threads
     isa, threads, scratch = module.program_plan(words, images, most)
-    memory = torch.empty(scratch + 16, dtype=torch.int32)
+    memory = torch.empty(scratch + 16, dtype=torch.int32, device="cpu")
     aligned = memory.data_ptr() + -memory.data_ptr() % 64
     module.run_program(words, images, input, output, aligned, isa, threads)

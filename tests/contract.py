@@ -275,10 +275,10 @@ class Guards:
         self._empty = torch.empty
         monkeypatch.setattr(torch, "empty", self._guarded)
 
-    def _guarded(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _guarded(self, *shape: Any, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         count = math.prod(sizes) * dtype.itemsize
-        buffer = self._empty(count + 2 * self.MARGIN, dtype=torch.uint8).fill_(self.PATTERN)
+        buffer = self._empty(count + 2 * self.MARGIN, dtype=torch.uint8, device=device).fill_(self.PATTERN)
         self.buffers.append(buffer)
         inside = buffer[self.MARGIN : self.MARGIN + count].fill_(0xFF)
         return inside.view(dtype).view(sizes)

@@ -353,7 +353,6 @@ OTHER_DEFAULTS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="crossvit_kernels.linear.packed and .program take torch's defaults")
 @pytest.mark.parametrize("default", OTHER_DEFAULTS.values(), ids=OTHER_DEFAULTS)
 def test_torchs_defaults_do_not_matter(default):
     """In a process of its own: memory of another dtype or device would be of another size, or none."""

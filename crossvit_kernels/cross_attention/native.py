@@ -33,7 +33,7 @@ def _run(packed: list[bytes], backward: bool, eps: float, dropout_p: float) -> N
     module = native.load()
     # Asked of torch: OpenMP's own number is each thread's, and torch sets it when a thread first asks.
     isa, threads, floats = module.cross_attention_plan(packed, backward, torch.get_num_threads())
-    scratch = torch.empty(floats, dtype=torch.float32)
+    scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
     module.cross_attention(packed, backward, scratch.data_ptr(), isa, threads, eps, dropout_p)
 
 

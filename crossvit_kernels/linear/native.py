@@ -36,7 +36,7 @@ def with_packed(
     """
     if x.shape[-1] != packed.channels:
         raise ValueError(f"x must have {packed.channels} channels, as the weight has, got {x.shape[-1]}")
-    out = torch.empty((*x.shape[:-1], packed.outputs), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], packed.outputs), dtype=x.dtype, device="cpu")
     if residual is not None and (residual.shape != out.shape or residual.dtype != out.dtype):
         raise ValueError(
             f"residual must be {out.dtype} {list(out.shape)}, as the result is, "

@@ -40,7 +40,7 @@ class PackedLinear:
         self.precision = precision
         self.isa = native.load().isa()
         exact = weight.detach().double() * scale
-        added = torch.zeros(self.outputs, dtype=torch.float64)
+        added = torch.zeros(self.outputs, dtype=torch.float64, device="cpu")
         if bias is not None:
             added += bias.detach().double() * scale
         if norm_bias is not None:
@@ -50,7 +50,7 @@ class PackedLinear:
         exact = exact.to(torch.bfloat16 if precision == Precision.BFLOAT16 else torch.float32)
         self._pack(exact.contiguous())
         padded = -(-self.outputs // _PANEL) * _PANEL
-        self.bias = torch.zeros(padded)
+        self.bias = torch.zeros(padded, dtype=torch.float32, device="cpu")
         self.bias[: self.outputs] = added
 
     def _pack(self, weight: Tensor) -> None:
@@ -58,7 +58,7 @@ class PackedLinear:
         shape = (self.outputs, self.channels, int(self.precision))
         words = module.packed_weight_words(self.isa, *shape)
         # Panels begin at whole cache lines; what is prefetched may lie behind the last one.
-        memory = torch.empty(words + 32, dtype=torch.int32)
+        memory = torch.empty(words + 32, dtype=torch.int32, device="cpu")
         self.words = memory[-memory.data_ptr() % 64 // 4 :][:words]
         module.pack_weight(
             self.isa, weight.data_ptr(), weight.stride(0), DTYPES[weight.dtype], *shape,
@@ -143,7 +143,7 @@ class _Entry:
         self.references = [_absent if x is None else weakref.ref(x) for x in tensors]
         self.states = [None if x is None else _state(x) for x in tensors]
         regions = [(x.data_ptr(), _span(x)) for x in tensors if x is not None and x.numel() > 0]
-        self.regions = torch.tensor(regions, dtype=torch.int64).reshape(-1, 2)
+        self.regions = torch.tensor(regions, dtype=torch.int64, device="cpu").reshape(-1, 2)
         self.fingerprint = self._read()
 
     def _read(self) -> int:

@@ -62,8 +62,8 @@ class Resizing:
 def _taps(old: int, new: int) -> tuple[Tensor, Tensor]:
     """Indices and weights [4, new]."""
     # In float32, as torch computes positions.
-    scale = torch.tensor(old / new, dtype=torch.float32)
-    at = (torch.arange(new, dtype=torch.float32) + 0.5) * scale - 0.5
+    scale = torch.tensor(old / new, dtype=torch.float32, device="cpu")
+    at = (torch.arange(new, dtype=torch.float32, device="cpu") + 0.5) * scale - 0.5
     first = at.floor()
     t = (at - first).double()
     a = -0.75
@@ -75,7 +75,7 @@ def _taps(old: int, new: int) -> tuple[Tensor, Tensor]:
         return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
 
     weights = torch.stack([far(t + 1), near(t), near(1 - t), far(2 - t)])
-    taps = first.long() + torch.arange(-1, 3)[:, None]
+    taps = first.long() + torch.arange(-1, 3, device="cpu")[:, None]
     return taps.clamp(0, old - 1), weights
 
 
@@ -110,7 +110,9 @@ def patch_embed(
     old = (image.shape[-2], image.shape[-1])
     new = old if size is None else (size[0], size[1])
     rows, columns = (side // patch for side in new)
-    out = torch.empty((image.shape[0], 1 + rows * columns, weight.shape[0]), dtype=position.dtype)
+    out = torch.empty(
+        (image.shape[0], 1 + rows * columns, weight.shape[0]), dtype=position.dtype, device="cpu"
+    )
     if image.shape[1] != weight.shape[1] or position.shape != out.shape[1:] or min(old) < 1:
         raise ValueError(
             f"image, weight and position do not fit: got {list(image.shape)}, {list(weight.shape)} and "
@@ -125,7 +127,7 @@ def patch_embed(
 
     threads = threads_for(2 * image.shape[0] * rows * columns * weight.numel())
     dtype = torch.bfloat16 if precision == Precision.BFLOAT16 else torch.float32
-    windows = torch.empty((threads, rows * columns, packed.channels), dtype=dtype)
+    windows = torch.empty((threads, rows * columns, packed.channels), dtype=dtype, device="cpu")
     of_row, of_worker = (windows.stride(i) * windows.element_size() for i in (1, 0))
     cut = Place(Base.FIXED, windows.data_ptr(), dtype, of_row, of_worker=of_worker)
     of_image, of_channel, of_line, of_pixel = (x * image.element_size() for x in image.stride())

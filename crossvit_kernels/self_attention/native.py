@@ -18,7 +18,7 @@ def self_attention(qkv: Tensor, num_heads: int, scale: float, dtype: torch.dtype
     qkv = plain(qkv)
     batch, tokens, wide = qkv.shape
     channels = wide // 3
-    out = torch.empty((batch, tokens, channels), dtype=qkv.dtype)
+    out = torch.empty((batch, tokens, channels), dtype=qkv.dtype, device="cpu")
     if out.numel() == 0:
         return out
     program = Program()
