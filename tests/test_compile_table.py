@@ -487,9 +487,10 @@ def test_what_is_executed_is_counted_by_lines():
 @compiles_cuda
 @pytest.mark.parametrize(("width", "products"), [(64, 4), (224, 14)])
 def test_products_that_a_width_skips_are_not_counted(width, products):
-    """Of eight unrolled ones a warp: each product of 16 channels for the scores and for z, in each tile."""
+    """Of eight unrolled ones a warp: for 16 channels of each tile the scores, z, the sums of the tokens, and
+    two of eight columns for their squares."""
     for patches in (32, 40):
         run = executed.counted("cuda", Case((width,), 2), "sm_80", 0, patches, "attend")["attend"]
         tiles = -(-patches // 16)
-        assert run.opcodes["HMMA.16816.F32.BF16"] == 2 * products * tiles
+        assert run.opcodes["HMMA.16816.F32.BF16"] == 5 * products * tiles
         assert (run.blocks, len(run.of_warps), run.overlaps) == (1, 4, False)

@@ -438,14 +438,14 @@ def test_the_order_is_written_into_the_package(tmp_path, monkeypatch, capsys):
     results.write_text(json.dumps(results_of({})))
     assert preference.main([str(results)]) == 2
     assert table.read_text() == gpu_preference_source()
-    seconds = {(m, 64, b): 1.0 + (b == "triton") for m in ("forward", "forward + backward") for b in OURS}
+    seconds = {(m, 64, b): 1.0 + (b == "cuda") for m in ("forward", "forward + backward") for b in OURS}
     results.write_text(json.dumps(results_of(seconds)))
     assert preference.main([str(results)]) == 0
-    assert "cross_fusion forward bfloat16 ((64, ('cuda', 'triton')),)" in capsys.readouterr().out
+    assert "cross_fusion forward bfloat16 ((64, ('triton', 'cuda')),)" in capsys.readouterr().out
     scope: dict = {"__package__": "crossvit_kernels.cross_attention", "__name__": "measured"}
     exec(compile(table.read_text(), table, "exec"), scope)
-    assert scope["preferred"]("sm_90", "cross_fusion", False, 1, torch.bfloat16) == ("cuda", "triton")
-    assert scope["preferred"]("sm_80", "cross_fusion", False, 1, torch.bfloat16) == ("triton", "cuda")
+    assert scope["preferred"]("sm_90", "cross_fusion", False, 1, torch.bfloat16) == ("triton", "cuda")
+    assert scope["preferred"]("sm_80", "cross_fusion", False, 1, torch.bfloat16) == ("cuda", "triton")
     tune_triton.write({}, table)
     assert table.read_text() == gpu_preference_source()
 
