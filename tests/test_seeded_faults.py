@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract import needs_module
-from tests.cuda_faults import CUDA_FAULTS
+from tests.cuda_faults import CUDA_FAULTS, UNTRIED
 from tests.native_builds import build, copy_project, run_tests
 from tests.seeded_faults import FAULTS, Fault
 from tests.triton_faults import TRITON_FAULTS
