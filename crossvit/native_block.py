@@ -1,4 +1,4 @@
-"""A transformer block as one program of the compiled module, for calls that want its values alone."""
+"""A transformer block as steps of a program, and as one of its own where its values alone are wanted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from crossvit_kernels.program import (
     Base,
     Kind,
     Place,
+    Precision,
     Program,
     plain,
     precision_of,
@@ -46,8 +47,7 @@ def taken(block: Block, x: Tensor) -> list[Tensor | None] | None:
     if not block.is_as_built() or not block.attn.scale > 0:
         return None
     attn, mlp, norms, width = block.attn, block.mlp, _norms(block), x.shape[2]
-    layers: Any = (norms[0], attn.qkv, attn.proj, norms[1], mlp.fc1, mlp.fc2)
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    parameters = parameters_of(block)
     if not only_values_count(parameters):
         return None
     for p in (x, *parameters):
@@ -66,7 +66,7 @@ def taken(block: Block, x: Tensor) -> list[Tensor | None] | None:
 
 
 @dataclass
-class _Layers:
+class Layers:
     """The packed layers of a block."""
 
     qkv: PackedLinear
@@ -79,12 +79,63 @@ class _Layers:
         return sum(layer.nbytes for layer in (self.qkv, self.proj, self.fc1, self.fc2))
 
 
+@dataclass
+class Settings:
+    """Of a block, that are no parameters; eps of its two norms."""
+
+    eps: tuple[float, float]
+    heads: int
+    scale: float
+
+
+def settings_of(block: Block) -> Settings:
+    norm1, norm2 = _norms(block)
+    return Settings((norm1.eps, norm2.eps), block.attn.num_heads, block.attn.scale)
+
+
+def parameters_of(block: Block) -> list[Tensor | None]:
+    """Weights and biases in the order in which `packed` takes them."""
+    attn, mlp, norms = block.attn, block.mlp, _norms(block)
+    layers: Any = (norms[0], attn.qkv, attn.proj, norms[1], mlp.fc1, mlp.fc2)
+    return [p for layer in layers for p in (layer.weight, layer.bias)]
+
+
+def packed(parameters: list[Any], precision: Precision) -> Layers:
+    """A copy of a block's parameters."""
+    norm1, qkv, proj, norm2, fc1, fc2 = zip(parameters[::2], parameters[1::2], strict=True)
+    return Layers(
+        PackedLinear(*qkv, *norm1, precision=precision),
+        PackedLinear(*proj, precision=precision),
+        PackedLinear(*fc1, *norm2, precision=precision),
+        PackedLinear(*fc2, precision=precision),
+    )
+
+
+def add_steps(
+    program: Program, layers: Layers, settings: Settings, tokens: int, x: Place, out: Place,
+    qkv: Place, attended: Place, hidden: Place,
+) -> None:  # fmt: skip
+    """The block on each image, from x [tokens, C] to `out`, which may be x.
+
+    The other places are a worker's own; `hidden` may lie where `qkv` does.
+    """
+    head_channels = layers.proj.channels // settings.heads
+    precision = layers.qkv.precision
+    program.images()
+    program.add(Kind.LINEAR, layers.qkv.step(x, qkv, tokens, eps=settings.eps[0]))
+    heads = attention_step(qkv, attended, tokens, settings.heads, head_channels, precision, settings.scale)
+    program.add(Kind.SELF_ATTENTION, heads)
+    program.add(Kind.LINEAR, layers.proj.step(attended, out, tokens, residual=x))
+    program.add(Kind.LINEAR, layers.fc1.step(out, hidden, tokens, Activation.GELU, eps=settings.eps[1]))
+    program.add(Kind.LINEAR, layers.fc2.step(hidden, out, tokens, residual=out))
+
+
 def run(block: Block, x: Tensor, parameters: list[Tensor | None], cache: PackedCache) -> Tensor:
     """What the block's submodules would give for tokens [B, N, C], from the parameters that are `taken`."""
-    layers = cache.get(parameters, lambda: _packed(parameters))
+    layers = cache.get(parameters, lambda: packed(parameters, precision_of(x.dtype)))
     x = plain(x)
     batch, tokens, width = x.shape
-    hidden, heads = layers.fc1.outputs, block.attn.num_heads
+    hidden = layers.fc1.outputs
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device="cpu")
     operations = 2 * batch * tokens * (width * (4 * width + 2 * hidden) + 2 * tokens * width)
     threads = threads_for(operations)
@@ -99,35 +150,12 @@ def run(block: Block, x: Tensor, parameters: list[Tensor | None], cache: PackedC
         at = memory.data_ptr() + offset
         return Place(Base.FIXED, at, x.dtype, columns * size, of_worker=wide + narrow)
 
-    source, to = rows_of(x), rows_of(out)
-    qkv, attended, within = scratch(0, 3 * width), scratch(wide, width), scratch(0, hidden)
-    norm1, norm2 = _norms(block)
     program = Program()
-    program.images()
-    program.add(Kind.LINEAR, layers.qkv.step(source, qkv, tokens, eps=norm1.eps))
-    program.add(
-        Kind.SELF_ATTENTION,
-        attention_step(
-            *(qkv, attended, tokens, heads, width // heads, precision_of(x.dtype), block.attn.scale)
-        ),
-    )
-    program.add(Kind.LINEAR, layers.proj.step(attended, to, tokens, residual=source))
-    program.add(Kind.LINEAR, layers.fc1.step(to, within, tokens, Activation.GELU, eps=norm2.eps))
-    program.add(Kind.LINEAR, layers.fc2.step(within, to, tokens, residual=to))
+    places = (scratch(0, 3 * width), scratch(wide, width), scratch(0, hidden))
+    add_steps(program, layers, settings_of(block), tokens, rows_of(x), rows_of(out), *places)
     run_program(program.packed(), batch, threads=threads)
     return out
 
 
 def _norms(block: Block) -> tuple[nn.LayerNorm, nn.LayerNorm]:
     return cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
-
-
-def _packed(parameters: list[Any]) -> _Layers:
-    norm1, qkv, proj, norm2, fc1, fc2 = zip(parameters[::2], parameters[1::2], strict=True)
-    precision = precision_of(qkv[0].dtype)
-    return _Layers(
-        PackedLinear(*qkv, *norm1, precision=precision),
-        PackedLinear(*proj, precision=precision),
-        PackedLinear(*fc1, *norm2, precision=precision),
-        PackedLinear(*fc2, precision=precision),
-    )

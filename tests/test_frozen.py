@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import crossvit.frozen as frozen_module
-from crossvit import CrossViT, create_model, find_variant, list_models
+import crossvit.frozen_program as program_module
+from crossvit import CrossViT, create_model, find_variant, list_models, native_block
+from crossvit.watch import Watch
 from crossvit_kernels import native
+from crossvit_kernels.fingerprint import Fingerprint
 from crossvit_kernels.linear.packed import PackedLinear
 from crossvit_kernels.program import Activation, Kind, Program
 from tests.contract import needs_module
@@ -457,6 +460,10 @@ REFUSED: dict[str, tuple[Callable[[], CrossViT], str]] = {
     "its own forward": (_with(lambda m: setattr(_block(m), "forward", lambda x: x)), "blocks.1.0 was repl"),
     "quantised": (_with(_replace("head.0", lambda: Doubled(24, 5))), "head.0 was replaced"),
     "another activation": (_with(_replace("blocks.0.blocks.1.0.mlp.act", nn.ReLU)), "mlp.act was replaced"),
+    "a scale of another sign": (
+        _with(lambda m: setattr(_block(m).attn, "scale", -0.5)),
+        r"attn.scale must be positive, got -0.5",
+    ),
     "approximate GELU": (
         _with(_replace("blocks.0.blocks.1.0.mlp.act", partial(nn.GELU, "tanh"))),
         "mlp.act was replaced",
@@ -746,6 +753,10 @@ OTHERWISE: dict[str, Callable[[CrossViT], object]] = {
     ),
     "reset_classifier": lambda m: (m.reset_classifier(11), spread(m)),
     "no classifier": lambda m: m.reset_classifier(0),
+    "another scale": lambda m: setattr(_block(m).attn, "scale", 1.7),
+    "another eps": lambda m: setattr(_block(m).norm2, "eps", 0.5),
+    "eps of the heads": lambda m: setattr(m.norm[1], "eps", 0.5),
+    "other heads": lambda m: setattr(_block(m).attn, "num_heads", 8),
 }
 
 
@@ -1017,35 +1028,27 @@ WRONG_PROGRAMS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a linear layer before its attention": _reordered(_swapped(Kind.SELF_ATTENTION)),
     "no CLS token": _reordered(_without(Kind.COPY, 1)),
     "another scale of the scores": _patched(
-        frozen_module, "attention_step", lambda step: lambda *args: step(*args[:-1], 1.001 * args[-1])
+        native_block, "attention_step", lambda step: lambda *args: step(*args[:-1], 1.001 * args[-1])
     ),
-    "the sum of the heads": _patched(
-        frozen_module._Weights,
-        "_linear",
-        lambda linear: (
-            lambda self, layer, norm=None, scale=1.0, precision=None: linear(
-                self, layer, norm, 1.0, precision
-            )
-        ),
-    ),
+    "the sum of the heads": _patched(frozen_module, "_MEAN", lambda mean: 1.0),
     "no norm folded in": _patched(
-        frozen_module._Weights,
-        "_linear",
-        lambda linear: (
-            lambda self, layer, norm=None, scale=1.0, precision=None: linear(
-                self, layer, None, scale, precision
+        PackedLinear,
+        "__init__",
+        lambda init: (
+            lambda self, weight, bias, norm_weight=None, norm_bias=None, **options: init(
+                self, weight, bias, **options
             )
         ),
     ),
     "windows without padding": _patched(
-        frozen_module, "_windows", lambda windows: lambda *args: replace(windows(*args), padding=0)
+        program_module, "_windows", lambda windows: lambda *args: replace(windows(*args), padding=0)
     ),
     "another kernel of the resizing": _patched(
-        frozen_module,
+        program_module,
         "Resizing",
         lambda resizing: lambda old, new, *more: resizing((old[0] + 1, old[1]), new, *more),
     ),
-    "a crop from the corner": lambda m: m.setattr(frozen_module, "round", lambda x: 0, raising=False),
+    "a crop from the corner": lambda m: m.setattr(program_module, "round", lambda x: 0, raising=False),
 }
 
 
@@ -1061,8 +1064,8 @@ def test_a_wrong_program_is_noticed(put, monkeypatch):
 
 
 BLIND: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "blind": lambda m: m.setattr(frozen_module.Watch, "changed", lambda self: False),
-    "no fingerprint": lambda m: m.setattr(frozen_module.Watch, "_read", lambda self: 0),
+    "blind": lambda m: m.setattr(Watch, "changed", lambda self: False),
+    "no fingerprint": lambda m: m.setattr(Fingerprint, "_read", lambda self: 0),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..fingerprint import Fingerprint
 from ..program import DTYPES, NOWHERE, Activation, Place, Precision, bits
 
 _PANEL = 64  # at least the columns of a panel, on any instruction set
@@ -99,8 +100,8 @@ class PackedCache:
     """What was packed from some tensors, as long as they are what they were. Copies and pickles are empty.
 
     Seen at once: another tensor, dtype, shape or address, and writes that torch counts. Writes past that
-    count (through `.data`, by NumPy, by another process) are seen where they meet one of the elements that
-    are compared: the first of every 4 KiB of each tensor, and its last. Callable from several threads.
+    count are seen where they meet one of the elements that are compared (`Fingerprint`). Callable from
+    several threads.
     """
 
     def __init__(self) -> None:
@@ -142,12 +143,7 @@ class _Entry:
         # Weak: parameters that were replaced do not live on here.
         self.references = [_absent if x is None else weakref.ref(x) for x in tensors]
         self.states = [None if x is None else _state(x) for x in tensors]
-        regions = [(x.data_ptr(), _span(x)) for x in tensors if x is not None and x.numel() > 0]
-        self.regions = torch.tensor(regions, dtype=torch.int64, device="cpu").reshape(-1, 2)
-        self.fingerprint = self._read()
-
-    def _read(self) -> int:
-        return native.load().fingerprint(self.regions.data_ptr(), len(self.regions))
+        self.fingerprint = Fingerprint([x for x in tensors if x is not None])
 
     def changed(self, tensors: Sequence[Tensor | None]) -> bool:
         if len(tensors) != len(self.references):
@@ -155,7 +151,7 @@ class _Entry:
         for x, reference, state in zip(tensors, self.references, self.states, strict=True):
             if reference() is not x or (x is not None and _state(x) != state):
                 return True
-        return self._read() != self.fingerprint
+        return self.fingerprint.differs()
 
 
 def _absent() -> None:
@@ -164,9 +160,3 @@ def _absent() -> None:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x._version, x.dtype, x.shape, x.stride()
-
-
-def _span(x: Tensor) -> int:
-    """Bytes from the first element to the end of the last one in memory."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (last + 1) * x.element_size()
