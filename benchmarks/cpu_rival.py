@@ -210,7 +210,8 @@ def _work(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
                 torch.set_num_threads(request["threads"])
                 data = torch.load(request["data"])
                 if loaded != request["model"]:
-                    rival.load(request["model"], data["state"])
+                    with torch.inference_mode(False):  # parameters as a user's, that have versions
+                        rival.load(request["model"], data["state"])
                     loaded = request["model"]
                 run = rival.ready(data["images"][: request["batch"]].contiguous(), request["threads"])
                 result = run()
