@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def reasons_against(model: CrossViT) -> list[str]:
-    """Why a model cannot be frozen, in words; empty when it can."""
+    """Why a model in eval mode cannot be frozen, in words; empty when it can."""
     reasons = []
     if native.load_error() is not None:
         reasons.append(f"the compiled module is not here: {native.load_error()}")
@@ -32,6 +32,7 @@ def reasons_against(model: CrossViT) -> list[str]:
         reasons.append(
             "its parameters are not all float32, bfloat16 or float16: " + ", ".join(map(str, dtypes))
         )
+    reasons += [f"{name} is in training mode" for name, module in model.named_modules() if _drops(module)]
     reasons += [f"{name} was replaced or has hooks" for name in _changed(model)]
     if not reasons:
         reasons += _of_other_kind(model)
@@ -40,6 +41,11 @@ def reasons_against(model: CrossViT) -> list[str]:
         if not crosses or cast(MultiScaleBlock, encoder)._weights() is None:
             reasons.append(f"the fusion of blocks.{k} is not one cross-attention in each direction as built")
     return reasons
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = {nn.Dropout: "p", DropPath: "drop_prob"}.get(type(module))
+    return rate is not None and module.training and getattr(module, rate) > 0
 
 
 _PLAIN = (

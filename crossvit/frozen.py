@@ -1,9 +1,12 @@
-"""Frozen inference on a CPU: the whole forward of a model as one program of the compiled module.
+"""Inference on a CPU: the whole forward of a model as one program of the compiled module.
 
 Weights are folded and packed once: LayerNorm's into the linear layers behind them, the mean over the two
 heads into the heads. The model keeps its parameters as they are; what was packed is a copy, and each call
-first looks whether it is still the model's (watch.py). freezable.py says what cannot be frozen, and
+first looks whether it is still the model's (watch.py). freezable.py says what cannot be packed, and
 frozen_program.py writes the program.
+
+`Frozen` is what `freeze` asks for, and raises where it cannot be had. `Evaluation` is the same for a model
+that nobody froze, in its own dtype, where it can be had and nothing but logits is wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from crossvit_kernels import native
+from crossvit_kernels.backends import selected
 from crossvit_kernels.linear.packed import PackedLinear
+from crossvit_kernels.modes import autocast_enabled, only_values_count
 from crossvit_kernels.program import Precision
 
 from .encoder import MultiScaleBlock
@@ -35,6 +40,7 @@ _LOG = logging.getLogger("crossvit")
 _SLICE = 32  # images that are in memory at once
 _KEPT = 8  # image sizes, dtypes and numbers of threads whose memory is kept
 _MEAN = 0.5  # of the two heads
+_OPERATORS = ("auto", "cpu")  # the backends that a program stands for
 
 
 class Frozen:
@@ -76,7 +82,7 @@ class Frozen:
             raise RuntimeError("a frozen model cannot be traced: call unfreeze() first")
         with self._lock:
             weights = self._weights
-            if weights is None or weights.isa != native.load().isa() or weights.outdated():
+            if weights is None or weights.outdated():
                 if weights is not None:
                     _LOG.info("the frozen model was changed: its weights are packed again")
                 self._pack(model)
@@ -85,6 +91,78 @@ class Frozen:
         if x.device.type != "cpu":
             raise ValueError(f"images of a frozen model must be on the CPU, got {x.device}")
         return weights.run(model, x.detach())
+
+
+class Evaluation:
+    """What is packed of a model that is not frozen, from its first forward in eval mode that asks for logits
+    alone. Copies and pickles are empty. Callable from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state: PackedModel | Watch | None = None  # packed; or what was watched when it could not be
+
+    def logits(self, model: CrossViT, x: Tensor) -> Tensor | None:
+        """Of images [B, in_chans, height, width], or None where the submodules have to be called."""
+        if model.training or not _asks_for_logits(model, x):
+            return None
+        with self._lock:
+            state = self._state
+            if state is None or _outdated(state):
+                self._state = None
+                state = self._state = _packed(model)
+        if isinstance(state, Watch) or state.dtype != x.dtype:
+            return None
+        model._check_image(x)
+        return state.run(model, x.detach())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._state = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and of memory for tokens."""
+        with self._lock:
+            return self._state.nbytes if isinstance(self._state, PackedModel) else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Evaluation:
+        return Evaluation()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Evaluation, ()
+
+
+def _asks_for_logits(model: CrossViT, x: Tensor) -> bool:
+    """Whether a call wants values alone, of a dtype and from operators that the program has."""
+    return (
+        only_values_count((x,))
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and selected() in _OPERATORS
+        and not autocast_enabled("cpu")
+        and not nn.modules.module._has_any_global_hook()
+        and not (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
+    )
+
+
+def _packed(model: CrossViT) -> PackedModel | Watch:
+    """The model, packed in its own dtype; where it cannot be, what has to change before it can."""
+    parameters = list(model.parameters())
+    dtype = parameters[0].dtype
+    backends = {m.backend for m in model.modules() if isinstance(m, CrossAttentionBlock)}
+    if (
+        dtype in (torch.float32, torch.bfloat16)
+        and backends <= {*_OPERATORS}
+        and not reasons_against(model)
+        and only_values_count(parameters)
+        and not any(p.is_inference() for p in parameters)  # torch does not count what is written to them
+    ):
+        return PackedModel(model, dtype, check=True)
+    return Watch(model, writes=False)
+
+
+def _outdated(state: PackedModel | Watch) -> bool:
+    return state.changed() if isinstance(state, Watch) else state.outdated()
 
 
 class PackedModel:
@@ -121,6 +199,9 @@ class PackedModel:
         self._free: dict[tuple, list[Instance]] = {}
 
     def outdated(self) -> bool:
+        """Whether it was packed for another instruction set or, where that is watched, from other weights."""
+        if self.isa != native.load().isa():
+            return True
         return self.watch is not None and self.watch.changed()
 
     @property
@@ -181,7 +262,7 @@ class PackedModel:
     def _instance(self, model: CrossViT, x: Tensor) -> Instance:
         threads = torch.get_num_threads()
         capacity = next(size for size in (1, 2, 4, 8, 16, _SLICE) if size >= x.shape[0])
-        key = (x.dtype, x.shape[2:], threads)
+        key = (x.dtype, x.shape[2:], threads, model.img_scale, model.crop_scale)
         with self._lock:
             free = self._free.get(key, [])
             while free:

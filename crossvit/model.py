@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .encoder import FUSIONS, MultiScaleBlock
-from .frozen import Frozen
+from .frozen import Evaluation, Frozen
 from .fusion import attention_grid
-from .layers import NormLayer, PatchEmbed, init_linear_and_norm, init_weight, resize_position_embedding
+from .layers import (
+    Block,
+    NormLayer,
+    PatchEmbed,
+    init_linear_and_norm,
+    init_weight,
+    resize_position_embedding,
+)
 
 Size = int | tuple[int, int]
 _POOLS = ("token", "avg")
@@ -109,6 +116,7 @@ class CrossViT(nn.Module):
         self.num_features = self.head_hidden_size = sum(embed_dim)
         self.grad_checkpointing = False
         self._frozen: Frozen | None = None
+        self._evaluation = Evaluation()
         # What timm's data helpers read; create_model fills them.
         self.pretrained_cfg: dict[str, Any] = {}
         self.default_cfg: dict[str, Any] = {}
@@ -346,7 +354,24 @@ class CrossViT(nn.Module):
         """
         if mode and self._frozen is not None:
             raise RuntimeError("a frozen model cannot be trained: call unfreeze() first")
+        if mode:
+            self._evaluation.clear()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> CrossViT:
+        self._evaluation.clear()
+        return super()._apply(*args, **options)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes beside the parameters: copies of them that are packed for the CPU, and memory for tokens.
+
+        They come with `freeze`, or with the first call in eval mode without a gradient, and go with `train`
+        and `to`.
+        """
+        blocks = sum(m._packed.nbytes for m in self.modules() if isinstance(m, Block))
+        frozen = 0 if self._frozen is None else self._frozen.nbytes
+        return frozen + self._evaluation.nbytes + blocks
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, height, width] -> normalised tokens [B, 1 + P, C] of S and of L."""
@@ -370,11 +395,20 @@ class CrossViT(nn.Module):
         return self._head(self._pool(xs), pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, height, width] -> logits [B, num_classes]."""
+        """Images [B, in_chans, height, width] -> logits [B, num_classes].
+
+        In eval mode, without a gradient, on the CPU, one program of the compiled module computes them from a
+        packed copy of the weights, which is made at the first such call and again after every change; where
+        someone has changed or hooked a submodule, and everywhere else, the submodules are called.
+        """
         if self._frozen is not None:
             return self._frozen(self, x)
         if self.global_pool == "avg":
             return self.forward_head(self.forward_features(x))
+        if type(self) is CrossViT:
+            logits = self._evaluation.logits(self, x)
+            if logits is not None:
+                return logits
         # The head reads the CLS rows only, so only those are normalised.
         tokens = self._encode(self._embed(x))
         return self._head([norm(y[:, 0]) for norm, y in zip(self.norm, tokens, strict=True)])

@@ -33,7 +33,8 @@ from crossvit_kernels.linear.packed import PackedLinear
 from crossvit_kernels.program import Activation, Kind, Program
 from tests.contract import needs_module
 from tests.layouts import embedded_in_nan, every_second, one_element_in
-from tests.models import small_model
+from tests.model_changes import IN_PLACE, OTHERWISE, REFUSED, a_block, a_hook, optimizer_step, replacing
+from tests.models import distance, drawn, exact, image, small, small_model, through_modules
 from tests.operations import relative_error
 from tests.test_native import isas
 
@@ -44,49 +45,10 @@ BOUND = 1e-5
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 
 
-def spread(model: CrossViT, by: float = 0.05) -> CrossViT:
-    """Parameters away from the initial ones, so that no gain or bias is trivial."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * by)
-    return model.eval()
-
-
-def drawn(model: CrossViT) -> CrossViT:
-    """Parameters for a model that was built without any."""
-    with torch.no_grad():
-        for name, p in model.to_empty(device="cpu").named_parameters():
-            p.normal_(std=0.03)
-            if p.ndim == 1 and name.endswith("weight"):
-                p.add_(1)
-    return model.eval()
-
-
-def small(**options: Any) -> CrossViT:
-    return spread(small_model(**options))
-
-
-def image(model: CrossViT, batch: int = 2) -> Tensor:
-    return torch.randn(batch, model.in_chans, *model.img_size)
-
-
-def exact(model: CrossViT, x: Tensor) -> Tensor:
-    """The model's logits in float64, by torch's operators."""
-    with torch.no_grad():
-        return copy.deepcopy(model).unfreeze().double()(x.double())
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """Of the whole, in proportion: what two precisions are compared by."""
-    assert torch.isfinite(got).all()
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
 def assert_frozen_is_right(model: CrossViT, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Freezes a model in float32 and compares its logits; bfloat16 may be as far off as torch's own model."""
     want = exact(model, x)
-    with torch.no_grad():
-        torchs = copy.deepcopy(model).unfreeze().to(dtype)(x.to(dtype))
+    torchs = through_modules(copy.deepcopy(model).unfreeze().to(dtype), x.to(dtype))
     got = model.freeze(dtype)(x)
     assert got.dtype == next(model.parameters()).dtype
     if dtype == torch.float32:
@@ -361,7 +323,8 @@ def test_torchs_defaults_do_not_matter(default):
     """In a process of its own: memory of another dtype or device would be of another size, or none."""
     code = f"""
 import torch
-from tests.models import small_model
+from tests.model_changes import IN_PLACE, OTHERWISE, REFUSED, a_block, a_hook, optimizer_step, replacing
+from tests.models import distance, drawn, exact, image, small, small_model, spread
 model, x = small_model(), torch.randn(3, 3, 48, 48)
 want = model(x).detach()
 {default}
@@ -408,113 +371,6 @@ def test_what_lies_in_memory_before_a_call_is_not_read(shape, dtype):
 # What a frozen model does not do
 
 
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _block(model: CrossViT) -> Any:
-    return model.blocks[0].blocks[1][0]
-
-
-def _prune(model: CrossViT) -> None:
-    from torch.nn.utils import prune
-
-    prune.l1_unstructured(_block(model).mlp.fc1, "weight", 0.5)
-
-
-def _with(change: Callable[[CrossViT], object], **options: Any) -> Callable[[], CrossViT]:
-    def make() -> CrossViT:
-        model = small_model(**options)
-        change(model)
-        return model
-
-    return make
-
-
-def _hook(*args: object) -> None:
-    pass
-
-
-def _replace(path: str, module: Callable[[], nn.Module]) -> Callable[[CrossViT], None]:
-    def change(model: CrossViT) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module())
-
-    return change
-
-
-REFUSED: dict[str, tuple[Callable[[], CrossViT], str]] = {
-    "all-attention": (partial(small_model, fusion="all"), "fusion of blocks.0"),
-    "several in a row": (partial(small_model, depth=((1, 1, 2),)), "fusion of blocks.0"),
-    "average": (partial(small_model, global_pool="avg"), "global_pool='avg'"),
-    "a hook": (_with(lambda m: m.norm[0].register_forward_hook(_hook)), "norm.0 was replaced or has hooks"),
-    "a hook before": (_with(lambda m: _block(m).register_forward_pre_hook(_hook)), r"blocks.1.0 was repl"),
-    "a backward hook": (_with(lambda m: _block(m).mlp.register_full_backward_hook(_hook)), "0.mlp was repl"),
-    "a hook in the fusion": (
-        _with(lambda m: m.blocks[1].fusion[0].attn.wq.register_forward_hook(_hook)),
-        "wq was replaced or has hooks; the fusion of blocks.1",
-    ),
-    "pruning": (_with(_prune), "fc1 was replaced or has hooks"),
-    "a subclass": (_with(_replace("blocks.0.blocks.1.0.mlp.fc1", lambda: Doubled(48, 96))), "fc1 was repl"),
-    "its own forward": (_with(lambda m: setattr(_block(m), "forward", lambda x: x)), "blocks.1.0 was repl"),
-    "quantised": (_with(_replace("head.0", lambda: Doubled(24, 5))), "head.0 was replaced"),
-    "another activation": (_with(_replace("blocks.0.blocks.1.0.mlp.act", nn.ReLU)), "mlp.act was replaced"),
-    "a scale of another sign": (
-        _with(lambda m: setattr(_block(m).attn, "scale", -0.5)),
-        r"attn.scale must be positive, got -0.5",
-    ),
-    "approximate GELU": (
-        _with(_replace("blocks.0.blocks.1.0.mlp.act", partial(nn.GELU, "tanh"))),
-        "mlp.act was replaced",
-    ),
-    "no norm": (_with(_replace("blocks.1.blocks.0.0.norm2", nn.Identity)), r"blocks.1.blocks.0.0.norm2 was"),
-    "no norms": (_with(_replace("norm", nn.Identity)), "norm was replaced"),
-    "no blocks": (_with(_replace("blocks", nn.Identity)), "blocks was replaced"),
-    "no norm at the end": (
-        _with(lambda m: m.prune_intermediate_layers([0], prune_norm=True)),
-        "norm.0 was replaced",
-    ),
-    "a norm without a bias": (
-        partial(small_model, norm_layer=partial(nn.LayerNorm, bias=False)),
-        "norm1 was replaced",
-    ),
-    "a norm without a gain": (
-        partial(small_model, norm_layer=partial(nn.LayerNorm, elementwise_affine=False)),
-        "norm1 was replaced",
-    ),
-    "a head of two layers": (
-        _with(_replace("head.1", lambda: nn.Sequential(nn.Linear(48, 5)))),
-        "head.1 was replaced",
-    ),
-    "something behind the positions": (_with(_replace("pos_drop", nn.ReLU)), "pos_drop was replaced"),
-    "a dilated stem": (
-        _with(_replace("patch_embed.0.proj", lambda: nn.Conv2d(3, 24, 6, stride=12, dilation=2))),
-        "patch_embed.0.proj was replaced",
-    ),
-    "an oblong stem": (
-        _with(_replace("patch_embed.0.proj", lambda: nn.Conv2d(3, 24, (12, 11), stride=12))),
-        "patch_embed.0.proj was replaced",
-    ),
-    "a stem in groups": (
-        _with(_replace("patch_embed.0.proj", lambda: nn.Conv2d(3, 24, 12, stride=12, groups=3))),
-        "patch_embed.0.proj was replaced",
-    ),
-    "fewer heads": (
-        _with(
-            lambda m: (
-                _replace("blocks.0.blocks.1.0.attn.qkv", lambda: nn.Linear(48, 3 * 24))(m),
-                _replace("blocks.0.blocks.1.0.attn.proj", lambda: nn.Linear(24, 48))(m),
-            )
-        ),
-        "attn has another width than its branch",
-    ),
-    "meta": (partial(small_model, device="meta"), "not on the CPU"),
-    "float64": (partial(small_model, dtype=torch.float64), "float32, bfloat16 or float16: torch.float64"),
-    "mixed": (_with(lambda m: m.norm.bfloat16()), "not all float32"),
-}
-
-
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
 def test_refusals_say_why_and_change_nothing(make, words):
     model = make().train()
@@ -534,7 +390,7 @@ def test_every_reason_is_given():
 
 def test_parts_that_do_not_fit_together_are_refused_by_the_model_itself():
     model = small()
-    _block(model).mlp.fc1 = nn.Linear(48, 300)
+    a_block(model).mlp.fc1 = nn.Linear(48, 300)
     x = image(model)
     with pytest.raises(RuntimeError) as eager:
         model(x)
@@ -545,7 +401,7 @@ def test_parts_that_do_not_fit_together_are_refused_by_the_model_itself():
 
 
 def test_a_global_hook_is_refused():
-    handle = nn.modules.module.register_module_forward_hook(_hook)
+    handle = nn.modules.module.register_module_forward_hook(a_hook)
     try:
         with pytest.raises(RuntimeError, match="cannot be frozen"):
             small_model().freeze()
@@ -673,93 +529,6 @@ def test_other_methods_run_as_before():
 # Changes of the model
 
 
-def _step(model: CrossViT) -> None:
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    torch.optim.SGD(model.parameters(), lr=0.05).step()
-
-
-def _other_state(model: CrossViT) -> dict[str, Tensor]:
-    return {name: value + torch.randn_like(value) * 0.1 for name, value in model.state_dict().items()}
-
-
-def _scale_data(model: CrossViT) -> None:
-    for p in model.parameters():
-        p.data.mul_(1.2)
-
-
-@torch.no_grad()
-def _scale_one(model: CrossViT) -> None:
-    model.blocks[1].blocks[0][0].attn.proj.weight.mul_(2)
-
-
-def _write_by_numpy(model: CrossViT) -> None:
-    model.head[1].weight.detach().numpy()[-1, -1] += 1
-
-
-def _data_of_one(name: str) -> Callable[[CrossViT], None]:
-    """A write that torch does not count, of a parameter as a whole."""
-
-    def change(model: CrossViT) -> None:
-        model.get_parameter(name).data.add_(torch.randn_like(model.get_parameter(name)))
-
-    return change
-
-
-IN_PLACE: dict[str, Callable[[CrossViT], object]] = {
-    "a step of an optimiser": _step,
-    "load_state_dict": lambda m: m.load_state_dict(_other_state(m)),
-    "data of all": _scale_data,
-    "one without a gradient": _scale_one,
-    "NumPy": _write_by_numpy,
-    **{
-        f"data of {name}": _data_of_one(name)
-        for name in (
-            *("cls_token_0", "pos_embed_1", "patch_embed.0.proj.weight", "patch_embed.1.proj.bias"),
-            *("blocks.0.blocks.0.0.norm1.weight", "blocks.0.blocks.1.1.norm2.bias", "norm.0.bias"),
-            *("blocks.1.blocks.1.0.attn.qkv.bias", "blocks.1.blocks.1.0.mlp.fc2.weight", "head.1.bias"),
-            *(
-                "blocks.0.projs.0.0.weight",
-                "blocks.0.fusion.1.attn.wv.weight",
-                "blocks.1.revert_projs.0.2.bias",
-            ),
-        )
-    },
-}
-
-
-def _new_tensor_as_data(model: CrossViT) -> None:
-    model.norm[1].weight.data = torch.randn_like(model.norm[1].weight)
-
-
-OTHERWISE: dict[str, Callable[[CrossViT], object]] = {
-    "load_state_dict, assigned": lambda m: m.load_state_dict(_other_state(m), assign=True),
-    "a new parameter": lambda m: setattr(m, "cls_token_0", nn.Parameter(torch.randn(1, 1, 24))),
-    "other data": _new_tensor_as_data,
-    "a new submodule": _replace("blocks.0.blocks.1.0.mlp.fc1", lambda: nn.Linear(48, 96)),
-    "a wider submodule": lambda m: (
-        _replace("blocks.0.blocks.1.0.mlp.fc1", lambda: nn.Linear(48, 200))(m),
-        _replace("blocks.0.blocks.1.0.mlp.fc2", lambda: nn.Linear(200, 48))(m),
-    ),
-    "a new block": lambda m: m.blocks[0].blocks[1].append(copy.deepcopy(_block(m))),
-    "a block less": lambda m: m.blocks[0].blocks[1].pop(1),
-    "an encoder less": lambda m: m.blocks.pop(1),
-    "pruned": lambda m: m.prune_intermediate_layers([0], prune_head=False),
-    "no bias": lambda m: setattr(_block(m).attn.proj, "bias", None),
-    "another dtype": lambda m: m.to(torch.bfloat16),
-    "channels last": lambda m: (m.to(memory_format=torch.channels_last), _scale_one(m)),
-    "a head of other classes": lambda m: setattr(
-        m, "head", nn.ModuleList([nn.Linear(24, 9), nn.Linear(48, 9)])
-    ),
-    "reset_classifier": lambda m: (m.reset_classifier(11), spread(m)),
-    "no classifier": lambda m: m.reset_classifier(0),
-    "another scale": lambda m: setattr(_block(m).attn, "scale", 1.7),
-    "another eps": lambda m: setattr(_block(m).norm2, "eps", 0.5),
-    "eps of the heads": lambda m: setattr(m.norm[1], "eps", 0.5),
-    "other heads": lambda m: setattr(_block(m).attn, "num_heads", 8),
-}
-
-
 @pytest.mark.parametrize("change", [*IN_PLACE.values(), *OTHERWISE.values()], ids=[*IN_PLACE, *OTHERWISE])
 def test_changes_are_noticed(change):
     model, x = small().freeze(), torch.randn(SHAPE)
@@ -790,14 +559,14 @@ def test_without_checks_what_was_frozen_stays_though_it_never_ran():
     model, x = small(), torch.randn(SHAPE)
     want = exact(model, x)
     model.freeze(check=False)
-    _step(model)
+    optimizer_step(model)
     assert relative_error(model(x), want) < BOUND
 
 
 def test_weights_that_are_not_contiguous():
     """Uncounted writes to them are seen as well."""
     model, x = small().to(memory_format=torch.channels_last), torch.randn(SHAPE)
-    layer = _block(model).attn.proj
+    layer = a_block(model).attn.proj
     layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
     assert_frozen_is_right(model, x)
     for p in (model.patch_embed[0].proj.weight, layer.weight):
@@ -829,6 +598,11 @@ def test_another_image_size():
         model(torch.randn(SHAPE))
 
 
+def _train_dropout(model: CrossViT) -> None:
+    a_block(model).mlp.drop1.p = 0.5
+    a_block(model).mlp.drop1.train()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -836,7 +610,10 @@ def test_another_image_size():
         (lambda m: m.double(), "torch.float64"),
         (lambda m: m.norm.bfloat16(), "not all float32"),
         (lambda m: m.reset_classifier(4, global_pool="avg"), "global_pool='avg'"),
-        (_replace("blocks.0.blocks.1.0.mlp.act", nn.ReLU), "mlp.act was replaced"),
+        (replacing("blocks.0.blocks.1.0.mlp.act", nn.ReLU), "mlp.act was replaced"),
+        (lambda m: a_block(m).register_forward_hook(a_hook), "blocks.0.blocks.1.0 was replaced or has hooks"),
+        (lambda m: setattr(m.norm[0], "forward", lambda x: x), "norm.0 was replaced"),
+        (_train_dropout, "blocks.0.blocks.1.0.mlp.drop1 is in training mode"),
     ],
 )
 def test_changes_that_cannot_be_frozen_are_refused_at_the_next_call(change, words):
@@ -870,7 +647,7 @@ def test_copies_are_frozen_and_separate(how, called):
     if how is copy.copy:
         return  # shares the parameters, and all that was packed of them
     assert other._frozen is not model._frozen
-    _step(other)
+    optimizer_step(other)
     assert relative_error(other(x), exact(other, x)) < 5e-2
     assert not torch.equal(other(x), want)
     assert torch.equal(model(x), want)
@@ -911,7 +688,7 @@ def test_what_was_packed_goes_with_its_last_user():
     gc.collect()
     gc.disable()
     try:
-        for drop in (_step, lambda m: m.freeze(), lambda m: m.unfreeze()):
+        for drop in (optimizer_step, lambda m: m.freeze(), lambda m: m.unfreeze()):
             model(x)
             packed = weakref.ref(model._frozen._weights)
             instance = weakref.ref(next(iter(packed()._free.values()))[0])

@@ -22,7 +22,7 @@ from crossvit_kernels import native, use_backend
 from crossvit_kernels.linear.packed import PackedCache, PackedLinear
 from tests import layouts
 from tests.contract import Guards, check_values, every_isa, needs_module
-from tests.models import small_model
+from tests.models import small_model, through_modules
 from tests.operations import relative_error
 
 pytestmark = needs_module
@@ -35,11 +35,6 @@ def block(width: int = 24, heads: int = 3, ratio: float = 2.0, bias: bool = True
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.2)
     return made.eval()
-
-
-def through_modules(of: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with use_backend("reference"), torch.no_grad():
-        return of(x)
 
 
 @pytest.fixture
@@ -409,14 +404,17 @@ def test_dropped_by_train_and_to_and_not_copied(runs):
 # A model
 
 
-def test_a_model_evaluates_by_blocks_as_by_modules(runs):
+def test_features_of_a_model_come_by_blocks(runs):
     model = small_model()
     x = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
-        got = model(x)
-    assert relative_error(got, through_modules(model, x)) < 1e-5
+        got = model.forward_features(x)
+    with use_backend("reference"), torch.no_grad():
+        want = model.forward_features(x)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-5
     assert len(runs) == sum(isinstance(m, Block) for m in model.modules())
-    assert model(x).requires_grad
+    assert model.forward_features(x)[0].requires_grad
 
 
 def test_concurrent_callers():

@@ -5,7 +5,10 @@ from __future__ import annotations
 from tests.seeded_faults import Fault
 
 _TOKENS = "crossvit_kernels/cross_attention/triton_tokens.py"
+_ROWS = "crossvit_kernels/cross_attention/triton_rows.py"
 _CHAIN = "crossvit_kernels/cross_attention/triton_chain.py"
+_CHAIN_BACKWARD = "crossvit_kernels/cross_attention/triton_chain_backward.py"
+_PARAMETERS = "crossvit_kernels/cross_attention/triton_parameters.py"
 _LAUNCH = "crossvit_kernels/cross_attention/triton_launch.py"
 _GPU = "crossvit_kernels/cross_attention/gpu.py"
 
@@ -15,7 +18,7 @@ TRITON_FAULTS = tuple(
     for what, file, old, new in (
         (
             "the variance of c counts the padding of the last block",
-            _CHAIN,
+            _ROWS,
             "centred = tl.where(valid, load(x, k * stride, valid) - mean, 0.0)",
             "centred = load(x, k * stride, valid) - mean",
         ),
@@ -27,13 +30,13 @@ TRITON_FAULTS = tuple(
         ),
         (
             "LayerNorm's backward drops the product with x^",
-            _CHAIN,
+            _ROWS,
             "rstd * (g - means[0] - hat * means[1])",
             "rstd * (g - means[0])",
         ),
         (
             "GELU's derivative lacks its second term",
-            _CHAIN,
+            _ROWS,
             "return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density",
             "return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + 0.0 * density",
         ),
@@ -165,37 +168,37 @@ TRITON_FAULTS = tuple(
         ),
         (
             "rounding left of the sum of ds stays in the queries' gradient",
-            _CHAIN,
+            _CHAIN_BACKWARD,
             "excess = tl.where(sums > 0, excess / sums, 0.0)",
             "excess = tl.where(sums > 0, 0.0, 0.0) + 0.0 * excess",
         ),
         (
             "the CLS token's gradient as a row of the attention is lost",
-            _CHAIN,
+            _CHAIN_BACKWARD,
             " + load(scratch, D_ROW * width + k, valid) + through",
             " + through",
         ),
         (
             "gamma's gradient through the key is lost",
-            _CHAIN,
+            _CHAIN_BACKWARD,
             "d_gamma += d_absorbed * load(key, k[None, :], valid)",
             "d_gamma += 0.0",
         ),
         (
             "only the first part of the queries' gradients is added",
-            _CHAIN,
+            _CHAIN_BACKWARD,
             "d_absorbed += load(part + i * next_part, k[None, :], valid)",
             "d_absorbed += tl.where(i == 0, load(part + i * next_part, k[None, :], valid), 0.0)",
         ),
         (
             "the gradients of matrices take the first tile of images only",
-            _CHAIN,
+            _PARAMETERS,
             "for start in range(0, batch, BLOCK):",
             "for start in range(0, min(batch, BLOCK), BLOCK):",
         ),
         (
             "sums over the batch take the first tile of images only",
-            _CHAIN,
+            _PARAMETERS,
             "for start in range(0, batch, ROWS):",
             "for start in range(0, min(batch, ROWS), ROWS):",
         ),

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..validation import precision_of_float32
 from . import triton_buffers as buffers
 from . import triton_chain as chain
+from . import triton_chain_backward as chain_backward
+from . import triton_parameters as parameters
 from . import triton_tokens as attention
 from .directions import Direction, ForwardOutputs, Gradients
 from .gpu import gpu_of, on_device_of, scores_to_attention
@@ -353,9 +355,9 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
         )
     launcher = _Launcher(given, config, architecture)
     if fuses:
-        launcher.rows(chain.back_backward, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.rows(chain.output_backward, lambda d: launcher.columns(d["width"].value), eps)
-    launcher.heads(chain.values_backward)
+        launcher.rows(chain_backward.back_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.rows(chain_backward.output_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.heads(chain_backward.values_backward)
     for (task, gradients), direction in zip(directions, given, strict=True):
         if gradients.attention is not None:
             attended, incoming = gradients.attention
@@ -371,14 +373,15 @@ def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout
             *_dropout(directions, dropout_p),
             ADDS=tile > 0,
         )
-    launcher.heads(chain.absorb_backward, *_first_and_last(parts))
-    launcher.rows(chain.query_backward, lambda d: launcher.columns(d["width"].value), eps)
+    launcher.heads(chain_backward.absorb_backward, *_first_and_last(parts))
+    launcher.rows(chain_backward.query_backward, lambda d: launcher.columns(d["width"].value), eps)
     if fuses:
-        launcher.rows(chain.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)
+        launcher.rows(chain_backward.project_backward, lambda d: launcher.columns(d["own_width"].value), eps)
     if directions[0][1].to_cls is not None:
-        launcher.rows(chain.cls_backward, lambda d: 1, eps)
+        launcher.rows(chain_backward.cls_backward, lambda d: 1, eps)
     if directions[0][1].to_weights is not None:
-        launcher.parameters(chain.parameters_backward, (chain.JOBS_OF_FUSION if fuses else chain.JOBS).value)
+        jobs = parameters.JOBS_OF_FUSION if fuses else parameters.JOBS
+        launcher.parameters(parameters.parameters_backward, jobs.value)
 
 
 def _softmax_sums(scratch: Tensor, task: Direction) -> Tensor:
