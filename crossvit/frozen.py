@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from crossvit_kernels import native
 from crossvit_kernels.backends import selected
 from crossvit_kernels.linear.packed import PackedLinear
 from crossvit_kernels.modes import autocast_enabled, only_values_count
+from crossvit_kernels.patch_embed.native import levels
 from crossvit_kernels.program import Precision
 
 from .encoder import MultiScaleBlock
@@ -49,15 +51,25 @@ class Frozen:
     Args:
         dtype: what matrices are multiplied in, float32 or bfloat16; the residual stream is float32.
         check: whether each call looks for changes of the model.
+        mean, std: of each channel, for images in uint8; None for those that are standardised alone.
     """
 
-    def __init__(self, model: CrossViT, dtype: torch.dtype, check: bool) -> None:
+    def __init__(
+        self,
+        model: CrossViT,
+        dtype: torch.dtype,
+        check: bool,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         self.dtype, self.check = dtype, check
+        self._levels = None if mean is None else levels(model.in_chans, mean, std)
         self._lock = threading.Lock()
         self._pack(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "check": self.check}  # a copy packs for itself, when it is called
+        # A copy packs for itself, when it is called.
+        return {"dtype": self.dtype, "check": self.check, "_levels": self._levels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -68,7 +80,7 @@ class Frozen:
         reasons = reasons_against(model)
         if reasons:
             raise RuntimeError("this model cannot be frozen: " + "; ".join(reasons))
-        self._weights = PackedModel(model, self.dtype, self.check)
+        self._weights = PackedModel(model, self.dtype, self.check, self._levels)
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +99,7 @@ class Frozen:
                     _LOG.info("the frozen model was changed: its weights are packed again")
                 self._pack(model)
                 weights = cast(PackedModel, self._weights)
-        model._check_image(x)
+        model._check_image(x, self._levels is not None)
         if x.device.type != "cpu":
             raise ValueError(f"images of a frozen model must be on the CPU, got {x.device}")
         return weights.run(model, x.detach())
@@ -168,7 +180,10 @@ def _outdated(state: PackedModel | Watch) -> bool:
 class PackedModel:
     """Everything that is packed of a model, and the programs that use it."""
 
-    def __init__(self, model: CrossViT, dtype: torch.dtype, check: bool) -> None:
+    def __init__(
+        self, model: CrossViT, dtype: torch.dtype, check: bool, levels: Tensor | None = None
+    ) -> None:
+        self.levels = levels
         self.isa = native.load().isa()
         self.dtype = dtype
         self.precision = Precision.BFLOAT16 if dtype == torch.bfloat16 else Precision.FLOAT32
@@ -244,7 +259,7 @@ class PackedModel:
         return found, heads, eps
 
     def run(self, model: CrossViT, x: Tensor) -> Tensor:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype == torch.float64:
             x = x.float()
         x = x.contiguous()
         width = self.classes or sum(self.widths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +14,14 @@ from crossvit_kernels import native
 from crossvit_kernels.cross_attention.directions import Direction, ForwardOutputs
 from crossvit_kernels.cross_attention.native import fusion_step
 from crossvit_kernels.linear.packed import PackedLinear
-from crossvit_kernels.patch_embed.native import Pixels, Resizing, Windows, copy_step, patch_step
+from crossvit_kernels.patch_embed.native import (
+    Pixels,
+    Resizing,
+    Windows,
+    copy_step,
+    patch_step,
+    place_of,
+)
 from crossvit_kernels.program import Activation, Base, Kind, Place, Program, rows_of
 
 from .layers import resize_position_embedding
@@ -87,25 +95,23 @@ class Instance:
         program.keep += [position, first]
         program.images()
         program.add(Kind.COPY, copy_step(rows_of(first), tokens, 1, weights.widths[b]))
-        bytes_of = x.element_size()
-        place = Place(Base.INPUT, 0, x.dtype, 0, of_image=x.stride(0) * bytes_of)
-        strides = cast(tuple[int, int, int], tuple(s * bytes_of for s in x.stride()[1:]))
-        pixels = Pixels(place, x.shape[1], *size, *strides)
+        place = place_of(x, Base.INPUT)
+        strides = cast(tuple[int, int, int], tuple(s * x.element_size() for s in x.stride()[1:]))
+        levels = weights.levels if x.dtype == torch.uint8 else None
+        pixels = Pixels(place, x.shape[1], *size, *strides, levels=levels)
         seen = model.branch_sizes(size)[b]
         resizing = None
         if seen != size and model.crop_scale and seen[0] <= size[0] and seen[1] <= size[1]:
             top, left = round((size[0] - seen[0]) / 2.0), round((size[1] - seen[1]) / 2.0)
-            place = Place(
-                Base.INPUT, top * strides[1] + left * strides[2], x.dtype, 0, of_image=place.of_image
-            )
-            pixels = Pixels(place, x.shape[1], *seen, *strides)
+            place = replace(place, data=top * strides[1] + left * strides[2])
+            pixels = replace(pixels, place=place, height=seen[0], width=seen[1])
         elif seen != size:
             resizing = Resizing(size, seen)
             program.keep.append(resizing)
         patch = model.patch_size[b]
         seen = (seen[0] // patch * patch, seen[1] // patch * patch)
         if resizing is None:
-            pixels = Pixels(pixels.place, x.shape[1], *seen, *strides)
+            pixels = replace(pixels, height=seen[0], width=seen[1])
         half = self._of_worker // 2
         stem = weights.stems[b]
         for i, (packed, convolution) in enumerate(stem):

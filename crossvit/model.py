@@ -250,12 +250,12 @@ class CrossViT(nn.Module):
             )
         return size
 
-    def _check_image(self, x: Tensor) -> None:
+    def _check_image(self, x: Tensor, may_be_bytes: bool = False) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f"images must have shape [B, {self.in_chans}, height, width], got {list(x.shape)}"
             )
-        if not x.is_floating_point():
+        if not x.is_floating_point() and not (may_be_bytes and x.dtype == torch.uint8):
             raise TypeError(f"images must be floating-point and normalised, got {x.dtype}")
         size = (x.shape[2], x.shape[3])
         if self.dynamic_img_size:
@@ -304,12 +304,17 @@ class CrossViT(nn.Module):
             return checkpoint(encoder, tokens, use_reentrant=False)
         return encoder(tokens) if attention_maps is None else encoder(tokens, attention_maps)
 
-    def freeze(self, dtype: torch.dtype | None = None, check: bool = True) -> CrossViT:
+    def freeze(
+        self,
+        dtype: torch.dtype | None = None,
+        check: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> CrossViT:
         """Pack the weights for inference on the CPU; `forward` is then one call into compiled code.
 
         The model is put into eval mode, keeps its parameters, and gives logits without a gradient. Autocast
-        is ignored: `dtype` says it all. Methods other than `forward` run as before. Hooks that are registered
-        on submodules later are not called.
+        is ignored: `dtype` says it all. Methods other than `forward` run as before.
 
         Args:
             dtype: what matrices are multiplied in, torch.float32 or torch.bfloat16, tokens stay float32; by
@@ -318,12 +323,14 @@ class CrossViT(nn.Module):
                 that torch does not count (`p.data.mul_()`, another process) are seen where they meet one of
                 the elements that are compared, the first of every 4 KiB of each parameter and its last. False
                 leaves all of it out: what is frozen then stays as it is.
+            mean, std: of each channel, of pixels between 0 and 1, as `default_cfg` has them. The frozen model
+                then takes images in uint8 as well, as (pixel / 255 - mean) / std.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: `dtype` is another one.
+            ValueError: `dtype` is another one, or mean and std do not fit.
             RuntimeError: the model cannot be frozen; the message has every reason.
         """
         if dtype is None:
@@ -331,10 +338,12 @@ class CrossViT(nn.Module):
             dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std must be given together, or neither")
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            self._frozen = Frozen(self, dtype, check)
+            self._frozen = Frozen(self, dtype, check, mean, std)
         except BaseException:
             for module in training:
                 module.training = True

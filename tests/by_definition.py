@@ -131,6 +131,6 @@ OPERATIONS = (
         lambda: patch_inputs(),
         lambda x, backend="cpu", **options: patch_embed(*x, size=(12, 18), backend=backend, **options),
         lambda x: patch_oracle(x, (12, 18)),
-        lambda x: (*x[:3], x[3][0], x[4].flatten(), [12, 18]),
+        lambda x: (*x[:3], x[3][0], x[4].flatten(), [12, 18], None, None),
     ),
 )

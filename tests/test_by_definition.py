@@ -304,7 +304,10 @@ def test_operators_check_what_would_be_read_wrongly():
     image, patches, position = torch.zeros(1, 3, 8, 8), torch.zeros(5, 3, 4, 4), torch.zeros(5, 5)
     for bad in ((image[:, 1:], position), (image, position[1:])):
         with pytest.raises(ValueError, match="image, weight and position do not fit"):
-            calls.patch_embed(bad[0], patches, None, bad[1], torch.zeros(5), None)
+            calls.patch_embed(bad[0], patches, None, bad[1], torch.zeros(5), None, None, None)
+    pixels = image.to(torch.uint8)
+    with pytest.raises(ValueError, match="a number for each of 3 channels, got 1 and 3"):
+        calls.patch_embed(pixels, patches, None, position, torch.zeros(5), None, [0.5], [0.5] * 3)
 
 
 # The choice

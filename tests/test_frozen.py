@@ -276,6 +276,41 @@ def test_weights_of_16_bits(dtype):
     assert relative_error(model.float()(x), want) < BOUND
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", ["small", "stem of three, odd image", "crop of an odd image"])
+def test_pixels_as_bytes(shape, dtype):
+    """With padding, resizing and cropping; the same model takes standardised images as well."""
+    model = small(**SHAPES[shape])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pixels = torch.randint(0, 256, (3, 3, *model.img_size), dtype=torch.uint8)
+    middle, spread = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (mean, std))
+    x = (pixels.double() / 255 - middle) / spread
+    want = exact(model, x)
+    model.freeze(dtype, mean=mean, std=std)
+    bound = BOUND if dtype == torch.float32 else 5e-2
+    for y in (pixels, pixels.contiguous(memory_format=torch.channels_last), x.float()):
+        assert relative_error(model(y), want) < bound
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(pixels), model(pixels))
+    with pytest.raises(TypeError, match="floating-point and normalised"):
+        model.unfreeze()(pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mean": (0.5,) * 3}, "mean and std must be given together"),
+        ({"mean": (0.5,), "std": (0.5,)}, "a number for each of 3 channels, got 1 and 1"),
+        ({"mean": (0.5,) * 3, "std": (0.5, 0, 0.5)}, "std must not be zero"),
+    ],
+)
+def test_bad_means_are_refused(options, words):
+    model = small()
+    with pytest.raises(ValueError, match=words):
+        model.freeze(**options)
+    assert model._frozen is None
+
+
 def test_no_gradient_and_no_autocast():
     model = small().freeze()
     x = torch.randn(SHAPE)

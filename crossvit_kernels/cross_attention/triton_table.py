@@ -121,13 +121,20 @@ def head_warps(architecture: str, backward: bool) -> int:
     return 8 if not backward or nearest(architecture) in ("sm_100", "sm_120") else 4
 
 
-def register_limit(architecture: str, warps: int) -> dict[str, int]:
-    """That of a thread in the chain's kernels of four warps, as options of a launch; AMD has none.
+# Registers of a thread in the chain's kernels, by warps. Without a limit, ptxas aims at 48, 64, 72 or 96 of
+# them and keeps a predicate in memory, on Blackwell with some limits as well. These allow three blocks on a
+# multiprocessor, on Blackwell two, which shared memory or the grid allow hardly more of.
+_REGISTERS = {4: 168}
+_REGISTERS_OF_BLACKWELL = {4: 200, 8: 128}
 
-    Without one, ptxas aims at 48, 72 or 96 registers and keeps a predicate in memory. With 168, registers
-    allow three blocks on a multiprocessor, which shared memory or the grid allow hardly more of.
-    """
-    return {"maxnreg": 168} if warps == 4 and FAMILIES[nearest(architecture)] != "amd" else {}
+
+def register_limit(architecture: str, warps: int) -> dict[str, int]:
+    """That of a thread in the chain's kernels, as options of a launch; AMD has none."""
+    architecture = nearest(architecture)
+    if FAMILIES[architecture] == "amd":
+        return {}
+    limits = _REGISTERS_OF_BLACKWELL if architecture in ("sm_100", "sm_120") else _REGISTERS
+    return {"maxnreg": limits[warps]} if warps in limits else {}
 
 
 def configuration(directions: list[Direction], backward: bool, architecture: str) -> Configuration:

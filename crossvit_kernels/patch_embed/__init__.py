@@ -80,22 +80,27 @@ def patch_embed(
     _check_standardisation(image, mean, std)
     device = image.device.type
     autocast = autocast_enabled(device)
-    if image.dtype == torch.uint8:
-        image = reference.standardised(image, mean, std, position.dtype)
     others = {"weight": weight, "bias": bias, "position": position, "cls_token": cls_token}
-    check_devices_and_dtypes("image", image, others, (), (), autocast)
+    first, floating = "image", image
+    if image.dtype == torch.uint8:
+        if image.device != position.device:
+            raise RuntimeError(
+                f"position is on {position.device}, image on {image.device}: move them together"
+            )
+        first, floating = "position", position
+    check_devices_and_dtypes(first, floating, others, (), (), autocast)
     position, cls_token = position.reshape(-1, position.shape[-1]), cls_token.reshape(-1)
     if autocast:
-        dtype = matrix_dtype(image, weight, autocast)
+        dtype = matrix_dtype(floating, weight, autocast)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        position, cls_token = position.to(image.dtype), cls_token.to(image.dtype)
-    call = Call(device, image.dtype, weight.dtype, plain=plain_operators_only())
+        position, cls_token = position.to(floating.dtype), cls_token.to(floating.dtype)
+    call = Call(device, floating.dtype, weight.dtype, plain=plain_operators_only())
     tensors = (image, weight, bias, position, cls_token)
     wants_gradients = torch.is_grad_enabled() and any_requires_grad(tensors)
     torch_first = wants_gradients or (size is None and weight.dtype != torch.bfloat16)
     compute = choose("patch_embed", backend, call, TORCH_FIRST if torch_first else IMPLEMENTATIONS)
     with without_autocast(device):  # the operands have the right dtypes
-        return compute(*tensors, size)
+        return compute(*tensors, size, mean, std)
 
 
 def _check_shapes(

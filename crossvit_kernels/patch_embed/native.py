@@ -17,6 +17,7 @@ class Pixels:
     """An image in memory: its place, size, and the bytes from one channel, line and pixel to the next.
 
     channels_last: the channels of a pixel lie together, as those of tokens do.
+    levels: what a byte stands for, where pixels are bytes; see `levels`.
     """
 
     place: Place
@@ -27,6 +28,32 @@ class Pixels:
     of_line: int
     of_pixel: int
     channels_last: bool = False
+    levels: Tensor | None = None
+
+
+def levels(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """[2, channels]: (pixel / 255 - mean) / std is the pixel times the first plus the second.
+
+    Raises:
+        ValueError: mean or std do not have a number for each channel, or std has a zero.
+    """
+    middle, spread = (
+        torch.tensor([default] * channels if x is None else list(x), dtype=torch.float64, device="cpu")
+        for x, default in ((mean, 0.0), (std, 1.0))
+    )
+    if not len(middle) == len(spread) == channels:
+        found = f"{len(middle)} and {len(spread)}"
+        raise ValueError(f"mean and std must have a number for each of {channels} channels, got " + found)
+    if (spread == 0).any():
+        raise ValueError(f"std must not be zero, got {tuple(spread.tolist())}")
+    return torch.stack([1 / (255 * spread), -middle / spread]).float()
+
+
+def place_of(image: Tensor, base: Base = Base.FIXED) -> Place:
+    """Of the pixels of [B, channels, height, width]. Bytes are told by `levels`, not by a dtype."""
+    dtype = torch.float32 if image.dtype == torch.uint8 else image.dtype
+    data = image.data_ptr() if base == Base.FIXED else 0
+    return Place(base, data, dtype, 0, image.stride(0) * image.element_size())
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,7 @@ def patch_step(
         *(pixels.of_channel, pixels.of_line, pixels.of_pixel, int(pixels.channels_last)),
         *(windows.rows, windows.columns, windows.kernel, windows.stride, windows.padding, *seen),
         *((0, 0) if resizing is None else (resizing.taps.data_ptr(), resizing.weights.data_ptr())),
+        0 if pixels.levels is None else pixels.levels.data_ptr(),
     ]
 
 
@@ -103,6 +131,8 @@ def patch_embed(
     position: Tensor,
     cls_token: Tensor,
     size: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Tensor:
     """As the definition."""
     image, position = image.detach().resolve_neg(), plain(position)
@@ -118,6 +148,7 @@ def patch_embed(
             f"image, weight and position do not fit: got {list(image.shape)}, {list(weight.shape)} and "
             f"{list(position.shape)} for {rows} x {columns} patches"
         )
+    of_bytes = levels(image.shape[1], mean, std) if image.dtype == torch.uint8 else None
     if out.numel() == 0:
         return out
     seen = (rows * patch, columns * patch)
@@ -130,10 +161,11 @@ def patch_embed(
     windows = torch.empty((threads, rows * columns, packed.channels), dtype=dtype, device="cpu")
     of_row, of_worker = (windows.stride(i) * windows.element_size() for i in (1, 0))
     cut = Place(Base.FIXED, windows.data_ptr(), dtype, of_row, of_worker=of_worker)
-    of_image, of_channel, of_line, of_pixel = (x * image.element_size() for x in image.stride())
-    place = Place(Base.FIXED, image.data_ptr(), image.dtype, 0, of_image)
+    of_channel, of_line, of_pixel = (x * image.element_size() for x in image.stride()[1:])
     height, width = seen if resizing is None else old
-    pixels = Pixels(place, image.shape[1], height, width, of_channel, of_line, of_pixel)
+    pixels = Pixels(
+        *(place_of(image), image.shape[1], height, width, of_channel, of_line, of_pixel), levels=of_bytes
+    )
     tokens = rows_of(out)
     program = Program()
     program.images()

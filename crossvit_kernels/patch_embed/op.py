@@ -8,7 +8,7 @@ from . import native, reference
 FORWARD, BACKWARD, patch_embed = operator(
     "patch_embed",
     ("Tensor image", "Tensor weight", "Tensor? bias", "Tensor position", "Tensor cls_token"),
-    ("SymInt[]? size",),
+    ("SymInt[]? size", "float[]? mean", "float[]? std"),
     native.patch_embed,
     reference.patch_embed,
 )

@@ -16,11 +16,15 @@ def patch_embed(
     position: Tensor,
     cls_token: Tensor,
     size: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Tensor:
     """cat(cls_token, convolution of the resized image) + position, in the dtype of position.
 
-    position [1 + P, C], cls_token [C].
+    position [1 + P, C], cls_token [C]; mean and std are those of pixels in uint8.
     """
+    if image.dtype == torch.uint8:
+        image = standardised(image, mean, std, position.dtype)
     if size is not None and tuple(size) != tuple(image.shape[-2:]):
         image = F.interpolate(image, size=tuple(size), mode="bicubic", align_corners=False)
     patch = weight.shape[-1]

@@ -19,6 +19,9 @@ struct PatchStep {
     int64_t seen_height, seen_width;
     const int32_t* taps;
     const float* tap_weights;
+    // Pixels are bytes where `levels` is there, whatever their dtype says: a byte of channel c stands for
+    // byte * levels[0][c] + levels[1][c].
+    const float* levels;
 };
 
 // Rows of channels from one place to another.

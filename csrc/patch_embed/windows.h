@@ -30,6 +30,12 @@ inline int64_t patch_scratch(const PatchStep& step) { return Lines(step).total; 
 inline void read_line(const PatchStep& s, const char* image, int64_t channel, int64_t y, float* line) {
     const int64_t size = size_of(s.pixels.dtype);
     const char* from = image + channel * s.of_channel + y * s.of_line;
+    if (s.levels) {
+        const float factor = s.levels[channel], shift = s.levels[s.channels + channel];
+        for (int64_t x = 0; x < s.width; ++x)
+            line[x] = static_cast<float>(static_cast<uint8_t>(from[x * s.of_pixel])) * factor + shift;
+        return;
+    }
     if (s.channels_last && s.of_pixel != s.channels * size) {
         for (int64_t x = 0; x < s.width; ++x) {
             float* to = line + x * s.channels;
