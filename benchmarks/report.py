@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def table(path: Path) -> str:
@@ -13,8 +15,11 @@ def table(path: Path) -> str:
     machine = results["machine_info"]
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
     commit, day = results["commit_info"]["id"][:10], results["datetime"][:10]
+    where = f"{machine['device']}; {versions}; commit {commit}; {day}."
+    if any("rivals" in bench["extra_info"] for bench in results["benchmarks"]):
+        return "\n\n".join([where, *_tables_of_rivals(results["benchmarks"])])
     lines = [
-        f"{machine['device']}; {versions}; commit {commit}; {day}.",
+        where,
         "",
         "| benchmark | rival | ours | rival | ratio (95 % interval) | memory, rival over ours |",
         "|---|---|---|---|---|---|",
@@ -30,6 +35,36 @@ def table(path: Path) -> str:
             cells = (name, key.removeprefix("against "), *times, ratio, memory)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _tables_of_rivals(benchmarks: list[dict[str, Any]]) -> Iterator[str]:
+    """Of benchmarks/test_cpu.py: for each model and number of threads, rivals by precision and batch."""
+    runs = {}
+    for bench in benchmarks:
+        run = bench["extra_info"]
+        if "rivals" in run:
+            runs[run["model"], run["threads"], run["batch"]] = run
+    for model, threads in dict.fromkeys(key[:2] for key in runs):
+        batches = sorted(key[2] for key in runs if key[:2] == (model, threads))
+        columns = [(p, runs[model, threads, b]) for p in ("fp32", "bf16") for b in batches]
+        yield f"{model}, threads: {threads}; least milliseconds an image (median of the ratios to frozen)"
+        names = [f"{p}, batch {run['batch']}" for p, run in columns]
+        lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        rivals = dict.fromkeys(name.rpartition(" ")[0] for _, run in columns for name in run["rivals"])
+        for rival in rivals:
+            cells = " | ".join(_cell(run, f"{rival} {p}") for p, run in columns)
+            lines.append(f"| {rival} | {cells} |")
+        peaks = " | ".join(f"{run['peak_gflops'].get(p, 0):.0f}" for p, run in columns)
+        shares = " | ".join(f"{run['rivals'][f'frozen {p}']['share_of_peak'] or 0:.0%}" for p, run in columns)
+        yield "\n".join([*lines, f"| peak, GFLOP/s | {peaks} |", f"| frozen, share of it | {shares} |"])
+
+
+def _cell(run: dict[str, Any], rival: str) -> str:
+    row, race = run["rivals"].get(rival), run.get(f"against {rival}")
+    if row is None or "not_run" in row:
+        return ""
+    time = f"{row['least'] / run['batch'] * 1e3:.1f}"
+    return time if race is None else f"{time} ({race['ratio']:.2f})"
 
 
 if __name__ == "__main__":

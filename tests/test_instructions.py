@@ -1,0 +1,31 @@
+"""The command that counts instructions: what it reads of callgrind, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import instructions
+
+
+def test_callgrinds_files_are_read_in_order(tmp_path):
+    for number, count in ((10, 30), (2, 20), (1, 10), (3, 0)):
+        (tmp_path / f"out.{number}").write_text(
+            f"desc: Trigger: x\nsummary: 7\nfn=(1)\n1 {count}\ntotals: {count}\n"
+        )
+    (tmp_path / "out").write_text("totals: 5\n")
+    assert instructions.totals(tmp_path) == [10, 20, 30]
+
+
+def test_the_table_has_a_row_for_each_call():
+    names = [name for names, _, _ in instructions.ROWS for name in names]
+    lines = instructions.table([10_000_000 * (i + 1) for i in range(len(names))]).splitlines()
+    assert len(lines) == 2 + len(names)
+    assert lines[2] == f"| {names[0]} | 10.00 | {10e6 / (197 * 448 * 1344 / 8):.2f} |"
+    with pytest.raises(RuntimeError, match="callgrind gave 1 counts for"):
+        instructions.table([1])
+
+
+def test_a_machine_without_valgrind_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert instructions.main() == 2
+    assert capsys.readouterr().err == "instructions cannot be counted here: valgrind was not found on PATH\n"
