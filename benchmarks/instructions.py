@@ -12,27 +12,39 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from crossvit import create_model, find_variant
 from crossvit_kernels import native, self_attention
 from crossvit_kernels.linear.native import with_packed
 from crossvit_kernels.linear.packed import PackedLinear
 from tests.operations import OPERATIONS, Size
 
 ISA, LANES = "avx2", 8
-MODEL = "crossvit_18_240"
-S, L, HEADS = (401, 224), (197, 448), 7  # tokens and width of its branches
+S, L, HEADS = (401, 224), (197, 448), 7  # tokens and width of the branches
 FUSION = OPERATIONS[1]
 BOTH = Size(1, 400, 224, HEADS, 196, 448, HEADS)
-# What is counted, from the call to the return. Every call of one of them is a row, in the order of `ROWS`.
-FUNCTIONS = (
-    "run_program(crossvit::Program const&, int*)",
-    "cross_attention_forward(crossvit::Direction const*, long, crossvit::Options const&, float*)",
-    "cross_attention_backward(crossvit::Direction const*, long, crossvit::Options const&, float*)",
-)
+# What is counted, from the call to the return; callgrind counts nothing right when told of several.
+_FUSION = "(crossvit::Direction const*, long, crossvit::Options const&, float*)"
+FUNCTIONS = {
+    "program": "run_program(crossvit::Program const&, int*)",
+    "forward": f"cross_attention_forward{_FUSION}",
+    "backward": f"cross_attention_backward{_FUSION}",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A call of one of `FUNCTIONS`, and its multiply-adds as the operation is defined; None for the fusion,
+    which is there to need fewer."""
+
+    what: str
+    multiply_adds: int | None
+    prepare: Callable[[], Callable[[], object]]
+    function: str = "program"
 
 
 def _linear(tokens: int, width: int, out: int, normed: bool, activation: str | None) -> Callable[[], object]:
@@ -47,39 +59,40 @@ def _attention(tokens: int, width: int) -> Callable[[], object]:
     return lambda: self_attention(qkv, HEADS, backend="cpu")
 
 
-def _fusion(backward: bool) -> Callable[[], object]:
-    tensors = [x.requires_grad_(backward) for x in FUSION.inputs(BOTH, torch.float32)]
-    if not backward:
-        return lambda: FUSION.run(tensors, BOTH, backend="cpu")
-    return lambda: sum(y.sum() for y in FUSION.run(tensors, BOTH, backend="cpu")).backward()
+def _fusion(trains: bool) -> Callable[[], object]:
+    tensors = [x.requires_grad_(trains) for x in FUSION.inputs(BOTH, torch.float32)]
+
+    def run() -> None:
+        found = FUSION.run(tensors, BOTH, backend="cpu")
+        if trains:
+            torch.cat([y.flatten() for y in found]).sum().backward()
+
+    return run
 
 
-def _model() -> Callable[[], object]:
-    model = create_model(MODEL).eval().freeze()
-    return lambda: model(torch.zeros(1, 3, *model.img_size))
-
-
-# What is called, its multiply-adds as the operation is defined, and how many rows it makes.
-ROWS: tuple[tuple[Sequence[str], float, Callable[[], Callable[[], object]]], ...] = (
-    (["linear 448 -> 1344 of L, after LayerNorm"], 197 * 448 * 1344, lambda: _linear(*L, 1344, True, None)),
-    (["linear 448 -> 1344 of L, with GELU"], 197 * 448 * 1344, lambda: _linear(*L, 1344, True, "gelu")),
-    (["linear 1344 -> 448 of L"], 197 * 448 * 1344, lambda: _linear(197, 1344, 448, False, None)),
-    (["linear 224 -> 672 of S, after LayerNorm"], 401 * 224 * 672, lambda: _linear(*S, 672, True, None)),
-    (["self-attention of L"], 2 * 197**2 * 448, lambda: _attention(*L)),
-    (["self-attention of S"], 2 * 401**2 * 224, lambda: _attention(*S)),
-    (["fusion of both branches"], 0, lambda: _fusion(False)),
-    (["fusion, forward for a backward", "fusion, backward"], 0, lambda: _fusion(True)),
-    (["the whole model, frozen"], find_variant(MODEL).gmacs * 1e9, _model),
+ROWS = (
+    Row("linear of L, 448 to 1344, LayerNorm", 197 * 448 * 1344, partial(_linear, *L, 1344, True, None)),
+    Row("... and GELU", 197 * 448 * 1344, partial(_linear, *L, 1344, True, "gelu")),
+    Row("linear of L, 1344 to 448", 197 * 448 * 1344, partial(_linear, 197, 1344, 448, False, None)),
+    Row("linear of S, 224 to 672, LayerNorm", 401 * 224 * 672, partial(_linear, *S, 672, True, None)),
+    Row("self-attention of L", 2 * 197**2 * 448, partial(_attention, *L)),
+    Row("self-attention of S", 2 * 401**2 * 224, partial(_attention, *S)),
+    Row("fusion of both branches, forward", None, partial(_fusion, False), "forward"),
+    Row("fusion of both branches, backward", None, partial(_fusion, True), "backward"),
 )
 
 
-def _run() -> None:
-    """All that is counted, in order; packing and what else goes before is not."""
+def _rows(function: str) -> list[Row]:
+    return [row for row in ROWS if row.function == function]
+
+
+def call_all(function: str) -> None:
+    """What is counted, in order; packing and what else goes before is not."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with native.use_isa(ISA):
-        for _, _, prepare in ROWS:
-            prepare()()
+        for row in _rows(function):
+            row.prepare()()
 
 
 def totals(folder: Path) -> list[int]:
@@ -89,15 +102,34 @@ def totals(folder: Path) -> list[int]:
     return [int(match[1]) for match in found if match is not None and int(match[1]) > 0]
 
 
+def count(function: str) -> list[int]:
+    """Instructions of the calls of one of `FUNCTIONS`, by running them under callgrind.
+
+    Raises:
+        RuntimeError: valgrind failed, or counted another number of calls.
+    """
+    name = f"crossvit::{ISA}::{FUNCTIONS[function]}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *("valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"),
+            *(f"--toggle-collect={name}", f"--dump-after={name}"),
+            *(sys.executable, "-c", f"from benchmarks.instructions import *; call_all({function!r})"),
+        ]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"valgrind failed: {done.stderr[-2000:]}")
+        found = totals(Path(folder))
+    if len(found) != len(_rows(function)):
+        raise RuntimeError(f"callgrind counted {len(found)} calls of {name}, not {len(_rows(function))}")
+    return found
+
+
 def table(counts: Sequence[int]) -> str:
-    """Markdown, a row for each call."""
-    rows = [(name, operations) for names, operations, _ in ROWS for name in names]
-    if len(rows) != len(counts):
-        raise RuntimeError(f"callgrind gave {len(counts)} counts for {len(rows)} calls")
+    """Markdown, a line for each of `ROWS`."""
     lines = ["| | million instructions | for each vector of multiply-adds |", "|---|---|---|"]
-    for (name, operations), count in zip(rows, counts, strict=True):
-        each = f"{count / (operations / LANES):.2f}" if operations else ""
-        lines.append(f"| {name} | {count / 1e6:.2f} | {each} |")
+    for row, instructions in zip(ROWS, counts, strict=True):
+        each = "" if row.multiply_adds is None else f"{instructions / (row.multiply_adds / LANES):.2f}"
+        lines.append(f"| {row.what} | {instructions / 1e6:.2f} | {each} |")
     return "\n".join(lines)
 
 
@@ -115,20 +147,11 @@ def main() -> int:
     if reason is not None:
         print(f"instructions cannot be counted here: {reason}", file=sys.stderr)
         return 2
-    functions = [f"crossvit::{ISA}::{name}" for name in FUNCTIONS]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *("valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"),
-            *(f"--toggle-collect={name}" for name in functions),
-            *(f"--dump-after={name}" for name in functions),
-            *(sys.executable, "-c", "from benchmarks.instructions import _run; _run()"),
-        ]
-        print("counting; some minutes ...", file=sys.stderr)
-        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(f"valgrind failed: {done.stderr[-2000:]}", file=sys.stderr)
-            return 1
-        print(table(totals(Path(folder))))
+    counts: list[int] = []
+    for function in FUNCTIONS:
+        print(f"counting {function}; a minute or two ...", file=sys.stderr)
+        counts += count(function)
+    print(table(counts))
     return 0
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from crossvit_kernels import FusionWeights, cross_fusion
 
-from .fusion import AllAttentionFusion, CrossAttentionBlock, is_plain, is_projection
+from .fusion import CrossAttentionBlock, is_plain, is_projection
 from .layers import Block, NormLayer, projection
+from .other_fusions import AllAttentionFusion, ClassTokenFusion, Grids, PairwiseFusion
 
-FUSIONS = ("cross", "all")
+FUSIONS = ("cross", "all", "class", "pairwise", "none")
 
 
 class MultiScaleBlock(nn.Module):
@@ -25,7 +26,10 @@ class MultiScaleBlock(nn.Module):
         depth: blocks of S, blocks of L, cross-attentions in a row (0 and 1 both mean one; they differ in
             the names of its parameters, as in the released checkpoints).
         drop_path: one rate per block; branches share them, the fusion takes the last.
-        fusion: "cross" (Eq. 5-7) or "all" (Eq. 2).
+        fusion: "cross" (Eq. 5-7), "all" (Eq. 2), "class" (Eq. 3), "pairwise" (Eq. 4) or "none".
+        identity_projections: f and g of the cross-attention are the identity where the widths are equal.
+        attends_again: of several cross-attentions in a row, the later ones see the patches as well. In the
+            released code they see the CLS token alone.
         backend: of the cross-attention.
     """
 
@@ -41,10 +45,13 @@ class MultiScaleBlock(nn.Module):
         drop_path: Sequence[float],
         norm_layer: NormLayer,
         fusion: str = "cross",
+        identity_projections: bool = False,
+        attends_again: bool = False,
         backend: str = "auto",
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.attends_again = attends_again
         shared: dict[str, Any] = {"norm_layer": norm_layer, **factory}
         rates: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, "attn_drop": attn_drop}
         self.blocks = nn.ModuleList(
@@ -56,14 +63,15 @@ class MultiScaleBlock(nn.Module):
             )
             for b in range(2)
         )
+        dims, heads = (dim[0], dim[1]), (num_heads[0], num_heads[1])
+        self.fusion: nn.Module | None = None
         if fusion == "all":
-            self.fusion: nn.ModuleList | AllAttentionFusion = AllAttentionFusion(
-                (dim[0], dim[1]),
-                (num_heads[0], num_heads[1]),
-                drop_path=drop_path[-1],
-                **rates,
-                **shared,
-            )
+            self.fusion = AllAttentionFusion(dims, heads, drop_path=drop_path[-1], **rates, **shared)
+        elif fusion == "class":
+            self.fusion = ClassTokenFusion(dims, **shared)
+        elif fusion == "pairwise":
+            self.fusion = PairwiseFusion(dims, **shared)
+        if fusion != "cross":
             return
 
         def cross(other: int) -> CrossAttentionBlock:
@@ -71,32 +79,45 @@ class MultiScaleBlock(nn.Module):
                 dim[other], num_heads[other], drop_path=drop_path[-1], backend=backend, **rates, **shared
             )
 
-        self.projs = nn.ModuleList(projection(dim[b], dim[1 - b], norm_layer, **factory) for b in range(2))
+        def maps(ins: Sequence[int], outs: Sequence[int]) -> nn.ModuleList:
+            if identity_projections and dim[0] == dim[1]:
+                return nn.ModuleList(nn.Identity() for _ in ins)
+            pairs = zip(ins, outs, strict=True)
+            return nn.ModuleList(projection(i, o, norm_layer, **factory) for i, o in pairs)
+
+        self.projs = maps(dims, dims[::-1])
         self.fusion = nn.ModuleList(
             cross(1 - b) if depth[2] == 0 else nn.ModuleList(cross(1 - b) for _ in range(depth[2]))
             for b in range(2)
         )
-        self.revert_projs = nn.ModuleList(
-            projection(dim[1 - b], dim[b], norm_layer, **factory) for b in range(2)
-        )
+        self.revert_projs = maps(dims[::-1], dims)
 
     def forward(
-        self, tokens: Sequence[Tensor], attention_maps: list[list[Tensor]] | None = None
+        self,
+        tokens: Sequence[Tensor],
+        attention_maps: list[list[Tensor]] | None = None,
+        grids: Grids | None = None,
     ) -> list[Tensor]:
         """Tokens [B, 1 + P, C] of S and L -> the same shapes.
 
         `attention_maps`, where given, gains a list of the attention [B, H, 1 + P of the other branch] of
-        S's and of L's CLS token.
+        S's and of L's CLS token. `grids` are those of the patches, which the pairwise fusion takes for square
+        where they are not given.
         """
         tokens = [blocks(x) for blocks, x in zip(self.blocks, tokens, strict=True)]
-        return self.fuse(tokens, attention_maps)
+        return self.fuse(tokens, attention_maps, grids)
 
     def fuse(
-        self, tokens: Sequence[Tensor], attention_maps: list[list[Tensor]] | None = None
+        self,
+        tokens: Sequence[Tensor],
+        attention_maps: list[list[Tensor]] | None = None,
+        grids: Grids | None = None,
     ) -> list[Tensor]:
         """The fusion alone; see forward."""
-        if isinstance(self.fusion, AllAttentionFusion):
-            return self.fusion(list(tokens))
+        if self.fusion is None:
+            return list(tokens)
+        if not isinstance(self.fusion, nn.ModuleList):
+            return self.fusion(tokens, grids)
         weights = self._weights()
         if weights is not None and tokens[0].dtype == tokens[1].dtype:
             return self._fuse_at_once(tokens, weights, attention_maps)
@@ -109,8 +130,8 @@ class MultiScaleBlock(nn.Module):
             cls, patches = project(tokens[b][:, :1]), tokens[1 - b][:, 1:]
             first, *others = fusion if isinstance(fusion, nn.ModuleList) else (fusion,)
             cls = first(cls, patches, maps)
-            for block in others:  # as the released code does, these see the CLS token only
-                cls = block(cls, patches[:, :0])
+            for block in others:
+                cls = block(cls, patches if self.attends_again else patches[:, :0])
             fused.append(torch.cat((back(cls), tokens[b][:, 1:]), dim=1))
         if attention_maps is not None and maps is not None:
             attention_maps.append(maps)

@@ -1,7 +1,4 @@
-"""Ways to fuse the branches of one multi-scale encoder (Sec. 3.2 of the paper).
-
-A fusion takes and gives the tokens of both branches, [B, 1 + P, C] each, and keeps the shapes.
-"""
+"""Cross-attention, the fusion of the released models (Eq. 5-7). other_fusions.py has its rivals."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels import cross_attention
 
-from .layers import Attention, DropPath, NormLayer, check_heads, is_plain, projection
+from .layers import DropPath, NormLayer, check_heads, is_plain
 
 
 class CrossAttention(nn.Module):
@@ -160,41 +157,6 @@ def is_projection(module: Any) -> bool:
         and gelu.approximate == "none"
         and is_plain(linear, nn.Linear)
     )
-
-
-class AllAttentionFusion(nn.Module):
-    """Eq. 2: both branches' tokens side by side through one self-attention, the rival of cross-attention.
-
-    y = [f_L(x_L) || f_S(x_S)];  o = y + MSA(LN(y));  z = g(o). The common width is that of L; f and g are
-    LayerNorm, GELU, Linear for both branches, which is the reading that gives Table 6's 7.6 GFLOPs. The
-    paper's 27.7 M parameters do not come out together with them under any reading.
-    """
-
-    def __init__(
-        self,
-        dims: tuple[int, int],
-        num_heads: tuple[int, int],
-        qkv_bias: bool,
-        proj_drop: float,
-        attn_drop: float,
-        drop_path: float,
-        norm_layer: NormLayer,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        width = dims[1]
-        self.projs = nn.ModuleList(projection(dim, width, norm_layer, **factory) for dim in dims)
-        self.norm1 = norm_layer(width, **factory)
-        self.attn = Attention(width, num_heads[1], qkv_bias, attn_drop, proj_drop, **factory)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.revert_projs = nn.ModuleList(projection(width, dim, norm_layer, **factory) for dim in dims)
-
-    def forward(self, tokens: list[Tensor]) -> list[Tensor]:
-        lengths = [x.shape[1] for x in reversed(tokens)]
-        y = torch.cat([f(x) for f, x in zip(reversed(self.projs), reversed(tokens), strict=True)], dim=1)
-        y = y + self.drop_path(self.attn(self.norm1(y)))
-        large, small = y.split(lengths, dim=1)
-        return [g(x) for g, x in zip(self.revert_projs, (small, large), strict=True)]
 
 
 def attention_grid(attention: Tensor, grid: tuple[int, int]) -> Tensor:

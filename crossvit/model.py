@@ -26,6 +26,7 @@ from .layers import (
     init_weight,
     resize_position_embedding,
 )
+from .other_fusions import Grids
 
 Size = int | tuple[int, int]
 _POOLS = ("token", "avg")
@@ -63,7 +64,13 @@ class CrossViT(nn.Module):
         norm_layer: width -> LayerNorm; the default has eps 1e-6.
         global_pool: "token" or "avg", what the head reads of each branch.
         dynamic_img_size: take images of any size in forward; position embeddings are resized each time.
-        fusion: "cross", or "all" for all-attention (Eq. 2; no released weights).
+        fusion: "cross", or one that the paper compares it with, for which no weights were released: "all"
+            for all-attention (Eq. 2), "class" for the sum of the CLS tokens (Eq. 3), "pairwise" for the sum
+            of all tokens (Eq. 4), "none" for none before the heads. other_fusions.py says how they are read.
+        identity_projections: f and g of the cross-attention are the identity where the widths are equal, as
+            Table 7's row B counts its parameters.
+        attends_again: of several cross-attentions in a row, the later ones see the patches as well. In the
+            released code they see the CLS token alone.
         backend: of the cross-attention, a name from crossvit_kernels.backends() or "auto".
 
     Raises:
@@ -93,6 +100,8 @@ class CrossViT(nn.Module):
         global_pool: str = "token",
         dynamic_img_size: bool = False,
         fusion: str = "cross",
+        identity_projections: bool = False,
+        attends_again: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -111,6 +120,7 @@ class CrossViT(nn.Module):
         self.patch_size = tuple(patch_size)
         self.crop_scale = crop_scale
         self.dynamic_img_size = dynamic_img_size
+        self.fusion = fusion
         self.num_branches = 2
         self.embed_dim = tuple(embed_dim)
         self.num_features = self.head_hidden_size = sum(embed_dim)
@@ -150,6 +160,8 @@ class CrossViT(nn.Module):
                 drop_path=rates[start : start + length],
                 norm_layer=norm_layer,
                 fusion=fusion,
+                identity_projections=identity_projections,
+                attends_again=attends_again,
                 backend=backend,
                 **factory,
             )
@@ -240,7 +252,7 @@ class CrossViT(nn.Module):
     def _smallest(self) -> int:
         """The largest patch among the branches that take the image as it is."""
         sizes = zip(self.patch_size, self.img_scale, strict=True)
-        return max((patch for patch, scale in sizes if scale == 1.0), default=1)
+        return max([1, *(patch for patch, scale in sizes if scale == 1.0)])
 
     def _check_built_size(self, size: tuple[int, int]) -> tuple[int, int]:
         if min(size) < self._smallest():
@@ -292,17 +304,32 @@ class CrossViT(nn.Module):
             return x[..., top : top + size[0], left : left + size[1]]
         return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
 
-    def _encode(self, tokens: list[Tensor], attention_maps: list[list[Tensor]] | None = None) -> list[Tensor]:
+    def _grids(self, x: Tensor) -> list[tuple[int, int]] | None:
+        """Of the patches of images, where the fusion asks for them."""
+        return self.grid_sizes((x.shape[2], x.shape[3])) if self.fusion == "pairwise" else None
+
+    def _encode(
+        self,
+        tokens: list[Tensor],
+        attention_maps: list[list[Tensor]] | None = None,
+        grids: Grids | None = None,
+    ) -> list[Tensor]:
         for encoder in self.blocks:
-            tokens = self._run_encoder(encoder, tokens, attention_maps)
+            tokens = self._run_encoder(encoder, tokens, attention_maps, grids)
         return tokens
 
     def _run_encoder(
-        self, encoder: nn.Module, tokens: list[Tensor], attention_maps: list[list[Tensor]] | None = None
+        self,
+        encoder: nn.Module,
+        tokens: list[Tensor],
+        attention_maps: list[list[Tensor]] | None = None,
+        grids: Grids | None = None,
     ) -> list[Tensor]:
+        given = {"attention_maps": attention_maps, "grids": grids}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.grad_checkpointing and torch.is_grad_enabled() and attention_maps is None:
-            return checkpoint(encoder, tokens, use_reentrant=False)
-        return encoder(tokens) if attention_maps is None else encoder(tokens, attention_maps)
+            return checkpoint(encoder, tokens, use_reentrant=False, **options)
+        return encoder(tokens, **options)
 
     def freeze(
         self,
@@ -384,7 +411,7 @@ class CrossViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, height, width] -> normalised tokens [B, 1 + P, C] of S and of L."""
-        tokens = self._encode(self._embed(x))
+        tokens = self._encode(self._embed(x), grids=self._grids(x))
         return [norm(y) for norm, y in zip(self.norm, tokens, strict=True)]
 
     def _pool(self, tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -419,8 +446,21 @@ class CrossViT(nn.Module):
             if logits is not None:
                 return logits
         # The head reads the CLS rows only, so only those are normalised.
-        tokens = self._encode(self._embed(x))
+        tokens = self._encode(self._embed(x), grids=self._grids(x))
         return self._head([norm(y[:, 0]) for norm, y in zip(self.norm, tokens, strict=True)])
+
+    def forward_branches(self, x: Tensor) -> list[Tensor]:
+        """Images -> logits of the heads of S and of L, [B, num_classes] each; forward gives their mean.
+
+        Each alone is what the paper's Table 6 evaluates in its last two columns.
+
+        Raises:
+            RuntimeError: the model has no heads.
+        """
+        if self.num_classes == 0:
+            raise RuntimeError("the model has no heads: build it with num_classes above 0")
+        pooled = self._pool(self.forward_features(x))
+        return [head(self.head_drop(y)) for head, y in zip(self.head, pooled, strict=True)]
 
     def forward_intermediates(
         self,
@@ -455,7 +495,7 @@ class CrossViT(nn.Module):
         for k, encoder in enumerate(self.blocks):
             if stop_early and k > last:
                 break
-            tokens = self._run_encoder(encoder, tokens)
+            tokens = self._run_encoder(encoder, tokens, grids=self._grids(x))
             for b, y in enumerate(tokens):
                 index = b * self.num_feature_blocks + k
                 if index in wanted:

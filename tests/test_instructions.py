@@ -17,12 +17,22 @@ def test_callgrinds_files_are_read_in_order(tmp_path):
 
 
 def test_the_table_has_a_row_for_each_call():
-    names = [name for names, _, _ in instructions.ROWS for name in names]
+    names = [row.what for row in instructions.ROWS]
     lines = instructions.table([10_000_000 * (i + 1) for i in range(len(names))]).splitlines()
     assert len(lines) == 2 + len(names)
     assert lines[2] == f"| {names[0]} | 10.00 | {10e6 / (197 * 448 * 1344 / 8):.2f} |"
-    with pytest.raises(RuntimeError, match="callgrind gave 1 counts for"):
-        instructions.table([1])
+    assert [row.function for row in instructions.ROWS] == sorted(
+        (row.function for row in instructions.ROWS), key=list(instructions.FUNCTIONS).index
+    )
+
+
+def test_what_valgrind_does_not_count_is_an_error(monkeypatch):
+    done = instructions.subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(instructions.subprocess, "run", lambda *args, **options: done)
+    with pytest.raises(
+        RuntimeError, match="callgrind counted 0 calls of crossvit::avx2::cross_attention_for"
+    ):
+        instructions.count("forward")
 
 
 def test_a_machine_without_valgrind_says_so(monkeypatch, capsys):
