@@ -160,7 +160,7 @@ def _asks_for_logits(model: CrossViT, x: Tensor) -> bool:
 def _packed(model: CrossViT) -> PackedModel | Watch:
     """The model, packed in its own dtype; where it cannot be, what has to change before it can."""
     parameters = list(model.parameters())
-    dtype = parameters[0].dtype
+    dtype = parameters[0].dtype if parameters else None  # none where something else manages the weights
     backends = {m.backend for m in model.modules() if isinstance(m, CrossAttentionBlock)}
     if (
         dtype in (torch.float32, torch.bfloat16)

@@ -228,6 +228,12 @@ CUDA_FAULTS = tuple(
             "for (int64_t image = slice; image < min(batch, int64_t{2}); image += kSlices) {",
         ),
         (
+            "the CLS token's row lacks a mean of LayerNorm's gradient",
+            _ATTEND_BACKWARD,
+            "rstd * (d_normed[i] - plain - normed[c + i - place.first] * against);",
+            "rstd * (d_normed[i] - normed[c + i - place.first] * against);",
+        ),
+        (
             "one column of heads takes the weights of the next in tf32",
             _PRODUCTS,
             "const uint32_t b[2] = {ptx::round_to_tf32(row[k + t]), ptx::round_to_tf32(row[k + t + 4])};",

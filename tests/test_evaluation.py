@@ -242,6 +242,19 @@ def test_parameters_without_counts_of_writes(runs):
     assert not runs
 
 
+def test_weights_that_are_parameters_no_longer(runs):
+    """As a wrapper leaves them that manages them itself."""
+    model = small()
+    x = image(model)
+    want = exact(model, x)
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            del module._parameters[name]
+            setattr(module, name, p.detach().clone())
+    assert relative_error(logits(model, x), want) < BOUND
+    assert not runs
+
+
 def test_without_the_compiled_module(monkeypatch, runs):
     monkeypatch.setattr(native, "load_error", lambda: "it was left at home")
     model = small()

@@ -10,7 +10,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -311,29 +312,41 @@ def test_inference_mode_and_frozen_weights(backend):
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 DEFECTS = 4  # of each kind, in each of the two kernels over the tokens
 # The share that may be missed. In CUDA rows and lanes are unrolled, and those of an absent head or of absent
-# channels add zeros; not all of what was missed has been explained.
-UNNOTICED = {"cuda": 0.5, "triton": 0.25}
+# channels add zeros. What else was missed when all were looked at: a sign inside of a square, and a mean over
+# the channels whose error is below bfloat16's, but not below float32's.
+UNNOTICED = {"cuda": 0.35, "triton": 0.25}
 
 
-def statement(line: str) -> str:
-    """The beginning of an instruction, by which it is found again: its registers are its own."""
-    code = re.sub(r" \[[\w.]+:\d+.*", "", line)  # without its place in the source
-    return " ".join(code.split(";")[0].split())[:95]
+def keys(lines: Iterable[str]) -> list[tuple[str, int]]:
+    """The beginning of each instruction, by which it is found again in another listing: its registers are its
+    own. Without registers, as those of barriers, it is the how manieth that begins so."""
+    found, seen = [], Counter[str]()
+    for line in lines:
+        code = re.sub(r" \[[\w.]+:\d+.*", "", line)  # without its place in the source
+        words = " ".join(code.split(";")[0].split())[:95]
+        found.append((words, 0 if "%" in words else seen[words]))
+        seen[words] += 1
+    return found
 
 
 @contextmanager
-def collecting_statements() -> Iterator[set[str]]:
-    """Those that any thread executes meanwhile."""
+def collecting_executed(kernel: str) -> Iterator[set[tuple[str, int]]]:
+    """The keys of instructions of a kernel that any thread meets meanwhile."""
     from tests.ptx.machine import Machine
 
-    found: set[str] = set()
-    original = Machine._active
+    found: set[tuple[str, int]] = set()
+    original = Machine._make_ready  # called for each instruction when it is met first
+    of_code: dict[int, list[tuple[str, int]]] = {}
 
-    def active(self: Machine, step: Any, mask: Any) -> Any:
-        found.add(statement(step.line))
-        return original(self, step, mask)
+    def make_ready(self: Machine, place: int) -> Any:
+        code = self.kernel.code
+        if re.search(rf"(?<![a-z_]){kernel}(_kernel|$)", self.kernel.name):
+            if id(code) not in of_code:
+                of_code[id(code)] = keys(instruction.line for instruction in code)
+            found.add(of_code[id(code)][place])
+        return original(self, place)
 
-    with mock.patch.object(Machine, "_active", active):
+    with mock.patch.object(Machine, "_make_ready", make_ready):
         yield found
 
 
@@ -341,11 +354,16 @@ def collecting_statements() -> Iterator[set[str]]:
 @of_gpu
 @pytest.mark.parametrize("kernel", ["attend", "attend_backward"])
 @targets
-def test_defects_of_the_compiled_text_are_noticed(backend, kernel, target):
+def test_defects_of_the_compiled_text_are_noticed(backend, kernel, target, monkeypatch):
     """Most of them by the interpreter's checks or by a wrong result; many of the others change nothing."""
+    from tests.ptx import host_library, triton_driver
     from tests.ptx.formats import PtxError
     from tests.ptx.mutations import KINDS, OFTEN_HARMLESS, Mutant, mutants
 
+    # On a GPU of one multiprocessor, so that a block has several tiles.
+    for properties in (triton_driver.PROPERTIES, host_library.DEVICES):
+        for capability, (shared, _) in properties.items():
+            monkeypatch.setitem(properties, capability, (shared, 1))
     size = Size(2, 37, 56, 7)  # channels for every warp, a head too few
     subject = Subject(ATTENTION, backend, target)
     tensors = ATTENTION.inputs(size, torch.bfloat16)
@@ -362,12 +380,13 @@ def test_defects_of_the_compiled_text_are_noticed(backend, kernel, target):
             return False
         return True
 
-    with without_a_gpu(target, backend) as recorder, collecting_statements() as executed:
+    with without_a_gpu(target, backend) as recorder, collecting_executed(kernel) as executed:
         check(subject, tensors, size)
     launch = next(x for x in recorder.launches if x.name == kernel)
     steps = 2 * max(x.steps for x in recorder.launches)
     assert survives(None, steps)
-    possible = [m for m in mutants(launch.ptx) if statement(m.instruction) in executed]
+    of_line = keys(launch.ptx.split("\n"))
+    possible = [m for m in mutants(launch.ptx) if of_line[m.line - 1] in executed]
     by_kind = ([m for m in possible if m.kind == kind] for kind in KINDS)
     draw = random.Random(SEED)
     chosen = [m for some in by_kind for m in draw.sample(some, min(DEFECTS, len(some)))]

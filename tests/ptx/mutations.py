@@ -85,7 +85,7 @@ KINDS: dict[str, tuple[str, Change]] = {
     "zero fill of a copy lost": (r"(cp\.async\.c[ag][^;]*0x(?:10|4|8)\s*), %\w+", _keep(1)),
     "distance of a shuffle doubled": (r"(shfl\.sync\.bfly\.b32[^;]*?), (\d+), ", _double_distance),
     "operands of a subtraction swapped": (r"sub\.(?:f32|s32|f16x2|bf16x2)[^;]*;", _swap_registers(1, 2)),
-    "addition made a subtraction": (r"\badd\.f32", _replace("add", "sub")),
+    "addition made a subtraction": (r"\badd\.f32(?![^;]*, 0f0+;)", _replace("add", "sub")),  # not of zero
     "maximum made a minimum": (r"\bmax\.f32", _replace("max", "min")),
     "operands of a selection swapped": (r"selp\.\w+\s+%\w+, %\w+, %\w+,[^;]*;", _swap_registers(1, 2)),
     "fence of wgmma deleted": (r"wgmma\.fence[^;]*;", _delete),
@@ -106,6 +106,7 @@ OFTEN_HARMLESS = {
     "branch deleted": "the way round a loop that runs at least once",
     "predicate of a shared store dropped": "the same value stored to the same place again",
     "zero fill of a copy lost": "a tile that lies inside",
+    "operands of a selection swapped": "two buffers that take turns, or two sizes that agree in a launch",
     "commit of a group deleted": "a group that is waited for together with the next one",
     "fence of the asynchronous proxy deleted": "a second fence before the same product",
 }
