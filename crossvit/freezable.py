@@ -13,6 +13,7 @@ from crossvit_kernels import native
 from .encoder import MultiScaleBlock
 from .fusion import CrossAttention, CrossAttentionBlock, is_plain
 from .layers import Attention, Block, DropPath, Mlp, PatchEmbed
+from .watch import is_plain_value, settings_of
 
 if TYPE_CHECKING:
     from .model import CrossViT
@@ -32,8 +33,15 @@ def reasons_against(model: CrossViT) -> list[str]:
         reasons.append(
             "its parameters are not all float32, bfloat16 or float16: " + ", ".join(map(str, dtypes))
         )
+    if not methods_as_imported():
+        reasons.append("a method of one of its classes was replaced")
     reasons += [f"{name} is in training mode" for name, module in model.named_modules() if _drops(module)]
     reasons += [f"{name} was replaced or has hooks" for name in _changed(model)]
+    names = {module: name for name, module in model.named_modules()}
+    for module, setting in settings_of(model):
+        value = getattr(module, setting, None)
+        if not is_plain_value(value):
+            reasons.append(f"{names[module]}.{setting}".lstrip(".") + f" is no plain number, but {value!r}")
     if not reasons:
         reasons += _of_other_kind(model)
     for k, encoder in enumerate(model.blocks if isinstance(model.blocks, nn.ModuleList) else ()):
@@ -41,6 +49,17 @@ def reasons_against(model: CrossViT) -> list[str]:
         if not crosses or cast(MultiScaleBlock, encoder)._weights() is None:
             reasons.append(f"the fusion of blocks.{k} is not one cross-attention in each direction as built")
     return reasons
+
+
+def methods_as_imported() -> bool:
+    """Whether nobody has put another function in the place of a method of these classes."""
+    return all(cls.__dict__.get(name) is function for cls, name, function in _METHODS)
+
+
+def remembered(cls: type[nn.Module]) -> type[nn.Module]:
+    """Adds the functions of a class to those that `methods_as_imported` looks at."""
+    _METHODS.extend((cls, name, value) for name, value in vars(cls).items() if callable(value))
+    return cls
 
 
 def _drops(module: nn.Module) -> bool:
@@ -53,6 +72,10 @@ _PLAIN = (
     *(nn.ModuleList, Attention, Mlp, Block, DropPath, PatchEmbed, CrossAttention, CrossAttentionBlock),
     MultiScaleBlock,
 )
+_METHODS: list[tuple[type[nn.Module], str, Any]] = []
+for _kind in _PLAIN:
+    remembered(_kind)
+_OWN_METHODS = {name for cls, name, _ in _METHODS if cls.__module__.startswith("crossvit.")}
 
 
 # What each part of a module is as built; those of a fusion are looked at by MultiScaleBlock.
@@ -78,8 +101,12 @@ def _changed(model: CrossViT) -> list[str]:
 
     def look(name: str, module: Any, *kinds: type[nn.Module]) -> None:
         plain = any(is_plain(module, kind) for kind in kinds)
+        plain = plain and _OWN_METHODS.isdisjoint(module.__dict__)
+        if isinstance(module, (nn.LayerNorm, nn.Linear, nn.Conv2d)):  # and not buffers or plain tensors
+            plain = plain and {"weight", "bias"} <= module._parameters.keys()
         if isinstance(module, nn.LayerNorm):
             plain = plain and module.weight is not None and module.bias is not None
+            plain = plain and len(module.normalized_shape) == 1
         if isinstance(module, nn.GELU):
             plain = plain and module.approximate == "none"
         if not plain:
@@ -90,6 +117,10 @@ def _changed(model: CrossViT) -> list[str]:
             for i, module in enumerate(modules):
                 look(f"{name}.{i}", module, *kinds)
 
+    if type(model).__dict__.keys() & model.__dict__.keys():
+        names.append("a method of the model")
+    tensors = [f"{name}_{b}" for name in ("pos_embed", "cls_token") for b in range(2)]
+    names += [name for name in tensors if name not in model._parameters]
     for name, module in model.named_modules():
         if module is not model:
             look(name, module, *_PLAIN)
@@ -100,6 +131,8 @@ def _changed(model: CrossViT) -> list[str]:
     look_at_each("patch_embed", model.patch_embed, PatchEmbed)
     for b, embed in enumerate(model.patch_embed):
         stem: Any = getattr(embed, "proj", None)
+        if isinstance(stem, nn.Sequential) and len(stem) % 2 == 0:  # behind the last convolution is nothing
+            names.append(f"patch_embed.{b}.proj")
         for i, module in enumerate(stem if isinstance(stem, nn.Sequential) else [stem]):
             name = f"patch_embed.{b}.proj" + (f".{i}" if isinstance(stem, nn.Sequential) else "")
             look(name, module, nn.ReLU if i % 2 else nn.Conv2d)
@@ -127,6 +160,10 @@ def _is_square(convolution: nn.Conv2d) -> bool:
 
 def _of_other_kind(model: CrossViT) -> Iterator[str]:
     """What the program does not count on, though the model itself may take it."""
+    for b, embed in enumerate(cast(Any, model.patch_embed)):
+        first: Any = embed.proj[0] if isinstance(embed.proj, nn.Sequential) else embed.proj
+        if first.weight.shape[1] != model.in_chans:
+            yield f"patch_embed.{b} takes {first.weight.shape[1]} channels, the model {model.in_chans}"
     for k, encoder in enumerate(model.blocks):
         branches: Any = getattr(encoder, "blocks", ())
         for b, branch in enumerate(branches):

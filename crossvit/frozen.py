@@ -28,7 +28,7 @@ from crossvit_kernels.patch_embed.native import levels
 from crossvit_kernels.program import Precision
 
 from .encoder import MultiScaleBlock
-from .freezable import reasons_against
+from .freezable import methods_as_imported, reasons_against
 from .frozen_program import Instance
 from .fusion import CrossAttentionBlock
 from .layers import PatchEmbed
@@ -94,7 +94,7 @@ class Frozen:
             raise RuntimeError("a frozen model cannot be traced: call unfreeze() first")
         with self._lock:
             weights = self._weights
-            if weights is None or weights.outdated():
+            if weights is None or weights.outdated(model):
                 if weights is not None:
                     _LOG.info("the frozen model was changed: its weights are packed again")
                 self._pack(model)
@@ -111,7 +111,8 @@ class Evaluation:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state: PackedModel | Watch | None = None  # packed; or what was watched when it could not be
+        # Packed; or what was watched when it could not be.
+        self._state: PackedModel | Watch | _Never | None = None
 
     def logits(self, model: CrossViT, x: Tensor) -> Tensor | None:
         """Of images [B, in_chans, height, width], or None where the submodules have to be called."""
@@ -119,10 +120,10 @@ class Evaluation:
             return None
         with self._lock:
             state = self._state
-            if state is None or _outdated(state):
+            if state is None or state.outdated(model):
                 self._state = None
                 state = self._state = _packed(model)
-        if isinstance(state, Watch) or state.dtype != x.dtype:
+        if not isinstance(state, PackedModel) or state.dtype != x.dtype:
             return None
         model._check_image(x)
         return state.run(model, x.detach())
@@ -153,12 +154,22 @@ def _asks_for_logits(model: CrossViT, x: Tensor) -> bool:
         and selected() in _OPERATORS
         and not autocast_enabled("cpu")
         and not nn.modules.module._has_any_global_hook()
+        and methods_as_imported()
         and not (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
     )
 
 
-def _packed(model: CrossViT) -> PackedModel | Watch:
+class _Never:
+    """Stands for a model with scripted parts, which cannot be watched."""
+
+    def outdated(self, model: CrossViT) -> bool:
+        return False
+
+
+def _packed(model: CrossViT) -> PackedModel | Watch | _Never:
     """The model, packed in its own dtype; where it cannot be, what has to change before it can."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return _Never()
     parameters = list(model.parameters())
     dtype = parameters[0].dtype if parameters else None  # none where something else manages the weights
     backends = {m.backend for m in model.modules() if isinstance(m, CrossAttentionBlock)}
@@ -173,17 +184,13 @@ def _packed(model: CrossViT) -> PackedModel | Watch:
     return Watch(model, writes=False)
 
 
-def _outdated(state: PackedModel | Watch) -> bool:
-    return state.changed() if isinstance(state, Watch) else state.outdated()
-
-
 class PackedModel:
     """Everything that is packed of a model, and the programs that use it."""
 
     def __init__(
         self, model: CrossViT, dtype: torch.dtype, check: bool, levels: Tensor | None = None
     ) -> None:
-        self.levels = levels
+        self.levels, self.in_chans = levels, model.in_chans
         self.isa = native.load().isa()
         self.dtype = dtype
         self.precision = Precision.BFLOAT16 if dtype == torch.bfloat16 else Precision.FLOAT32
@@ -213,11 +220,11 @@ class PackedModel:
         self._lock = threading.Lock()
         self._free: dict[tuple, list[Instance]] = {}
 
-    def outdated(self) -> bool:
+    def outdated(self, model: CrossViT) -> bool:
         """Whether it was packed for another instruction set or, where that is watched, from other weights."""
         if self.isa != native.load().isa():
             return True
-        return self.watch is not None and self.watch.changed()
+        return self.watch is not None and self.watch.outdated(model)
 
     @property
     def nbytes(self) -> int:
@@ -259,6 +266,10 @@ class PackedModel:
         return found, heads, eps
 
     def run(self, model: CrossViT, x: Tensor) -> Tensor:
+        if x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"the model was packed for images of {self.in_chans} channels, got {list(x.shape)}"
+            )
         if x.dtype == torch.float64:
             x = x.float()
         x = x.contiguous()
@@ -277,7 +288,7 @@ class PackedModel:
     def _instance(self, model: CrossViT, x: Tensor) -> Instance:
         threads = torch.get_num_threads()
         capacity = next(size for size in (1, 2, 4, 8, 16, _SLICE) if size >= x.shape[0])
-        key = (x.dtype, x.shape[2:], threads, model.img_scale, model.crop_scale)
+        key = (x.dtype, x.shape[2:], threads, tuple(model.img_scale), model.crop_scale)
         with self._lock:
             free = self._free.get(key, [])
             while free:

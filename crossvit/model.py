@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .encoder import FUSIONS, MultiScaleBlock
+from .freezable import remembered
 from .frozen import Evaluation, Frozen
 from .fusion import attention_grid
 from .layers import (
@@ -371,6 +372,7 @@ class CrossViT(nn.Module):
         self.eval()
         try:
             self._frozen = Frozen(self, dtype, check, mean, std)
+            self._evaluation.clear()
         except BaseException:
             for module in training:
                 module.training = True
@@ -434,8 +436,9 @@ class CrossViT(nn.Module):
         """Images [B, in_chans, height, width] -> logits [B, num_classes].
 
         In eval mode, without a gradient, on the CPU, one program of the compiled module computes them from a
-        packed copy of the weights, which is made at the first such call and again after every change; where
-        someone has changed or hooked a submodule, and everywhere else, the submodules are called.
+        packed copy of the weights, which is made at the first such call and again after every change that is
+        noticed (all but single elements written past torch's count, through `.data`: `train` drops the copy).
+        Where someone has changed or hooked a submodule, and everywhere else, the submodules are called.
         """
         if self._frozen is not None:
             return self._frozen(self, x)
@@ -584,6 +587,9 @@ class CrossViT(nn.Module):
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+
+remembered(CrossViT)
 
 
 def _pair(size: Size) -> tuple[int, int]:

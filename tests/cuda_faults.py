@@ -90,12 +90,6 @@ CUDA_FAULTS = tuple(
             "",
         ),
         (
-            "the second eight heads copy the tokens too",
-            _ATTEND,
-            "if (copy.data && head == 0)",
-            "if (copy.data)",
-        ),
-        (
             "a cluster's parts are merged with equal weights",
             _ATTEND,
             "weights[i] = __shfl_sync(kAll, weight, i) * inverse;",
@@ -247,6 +241,3 @@ CUDA_FAULTS = tuple(
         ),
     )
 )
-
-# Not run since the kernels were last rewritten; `make test-exhaustive` takes them, random draws do not.
-UNTRIED = frozenset(fault.what for fault in CUDA_FAULTS[5:])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossvit import CrossViT, create_model
 from crossvit.frozen import PackedModel
+from crossvit.layers import PatchEmbed
 from crossvit.watch import Watch
 from crossvit_kernels import native, use_backend
 from tests.contract import needs_module
@@ -349,3 +353,180 @@ def test_a_whole_model_by_its_name(runs):
     x = image(model.eval())
     assert relative_error(logits(model, x), exact(model, x)) < BOUND
     assert len(runs) == 1
+
+
+# What is noticed of an ordinary model's life, beside parameters and modules
+
+
+def _adapter(model: CrossViT) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.scale = inner, nn.Parameter(torch.full((96,), 1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.scale
+
+    a_block(model).mlp.fc1 = Adapter(a_block(model).mlp.fc1)
+
+
+def _own_fuse(model: CrossViT) -> None:
+    model.blocks[0].fuse = lambda tokens, *more: [2 * x for x in tokens]
+
+
+def _without_hooks(model: CrossViT) -> None:
+    for module in model.modules():
+        module._forward_hooks = OrderedDict()
+    a_block(model).register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def _transpose(model: CrossViT) -> None:
+    weight = a_block(model).attn.proj.weight
+    weight.data = weight.data.t()
+
+
+def _buffer(model: CrossViT) -> None:
+    position = model.pos_embed_0.detach()
+    del model.pos_embed_0
+    model.register_buffer("pos_embed_0", position + torch.randn_like(position))
+
+
+LIFE: dict[str, Callable[[CrossViT], object]] = {
+    "an adapter with a scale": _adapter,
+    "a scale that is a tensor": lambda m: setattr(a_block(m).attn, "scale", torch.tensor(0.9)),
+    "a position that is a buffer": _buffer,
+    "no classes": lambda m: setattr(m, "num_classes", 0),
+    "padding": lambda m: setattr(m.patch_embed[0].proj, "padding", (1, 1)),
+    "approximate GELU": lambda m: setattr(a_block(m).mlp.act, "approximate", "tanh"),
+    "a stem that ends in ReLU": lambda m: setattr(
+        m.patch_embed[0], "proj", nn.Sequential(m.patch_embed[0].proj, nn.ReLU())
+    ),
+    "a weight transposed in place": _transpose,
+    "hooks after all were removed": _without_hooks,
+    "a method of an instance": _own_fuse,
+    "a head of an instance": lambda m: setattr(m, "_head", lambda pooled: pooled[0]),
+}
+
+
+@pytest.mark.parametrize("change", LIFE.values(), ids=LIFE)
+def test_the_life_of_a_model_is_followed(change):
+    model = small()
+    x = image(model)
+    before = logits(model, x)
+    change(model)
+    for _ in range(2):
+        want, got = through_modules(model, x), logits(model, x)
+        assert relative_error(got, want) < BOUND
+        assert got.shape != before.shape or distance(got, before) > 1e-5
+
+
+def test_a_list_for_a_tuple():
+    model = small()
+    x = image(model)
+    before = logits(model, x)
+    model.img_scale = list(model.img_scale)
+    assert relative_error(logits(model, x), before) < BOUND
+
+
+def test_dropout_that_is_given_a_rate_in_training_mode():
+    model = small()
+    x = image(model)
+    model.head_drop.train()
+    before = logits(model, x)
+    model.head_drop.p = 0.9
+    assert distance(logits(model, x), before) > 0.1
+
+
+def test_plain_tensors_for_weights_keep_their_gradients(runs):
+    model = small().requires_grad_(False)
+    x = image(model)
+    logits(model, x)
+    weight = model.head[0].weight.detach().clone().requires_grad_()
+    del model.head[0].weight
+    model.head[0].weight = weight
+    (gradient,) = torch.autograd.grad(model(x).sum(), weight)
+    assert gradient.abs().max() > 0
+    with torch.no_grad():
+        weight.mul_(2)
+    assert relative_error(logits(model, x), through_modules(model, x)) < BOUND
+    assert len(runs) == 1
+
+
+def test_other_channels_and_backends_are_refused_as_by_the_modules():
+    model = small()
+    x = image(model)
+    logits(model, x)
+    model.in_chans = 1
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        logits(model, x[:, :1])
+    frozen = small().freeze(check=False)
+    frozen.in_chans = 1
+    with pytest.raises(ValueError, match="packed for images of 3 channels"):
+        frozen(x[:, :1])
+    model = small()
+    logits(model, x)
+    model.blocks[0].fusion[0].backend = "nonsense"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        logits(model, x)
+
+
+def test_a_method_of_a_class_that_is_replaced(monkeypatch, runs):
+    model = small()
+    x = image(model)
+    before = logits(model, x)
+    forward = PatchEmbed.forward
+    monkeypatch.setattr(PatchEmbed, "forward", lambda self, x: forward(self, x) * 2)
+    got = logits(model, x)
+    assert relative_error(got, through_modules(model, x)) < BOUND
+    assert distance(got, before) > 1e-3
+    with pytest.raises(RuntimeError, match="a method of one of its classes was replaced"):
+        model.freeze()
+    assert len(runs) == 1
+
+
+def test_nothing_keeps_a_model_alive():
+    """Nor what was replaced in it."""
+    model = small()
+    x = image(model)
+    gc.collect()
+    gc.disable()
+    try:
+        logits(model, x)
+        replaced = weakref.ref(model.head[1].weight)
+        model.head[1] = nn.Linear(48, 5)
+        assert replaced() is None
+        logits(model, x)
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_shallow_copies_go_their_own_ways():
+    model = small()
+    x = image(model)
+    before = logits(model, x)
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    other.head = nn.ModuleList([nn.Linear(24, 7), nn.Linear(48, 7)])
+    assert relative_error(logits(other, x), through_modules(other, x)) < BOUND
+    assert torch.equal(logits(model, x), before)
+
+
+def test_freezing_drops_what_was_packed_before():
+    model = small()
+    x = image(model)
+    logits(model, x)
+    packed = model.packed_nbytes
+    assert torch.equal(model.freeze()(x), logits(model, x))
+    assert model.packed_nbytes <= packed
+
+
+def test_scripted_parts_are_called(runs):
+    model = small()
+    model.norm[0] = torch.jit.trace(model.norm[0], torch.randn(2, 24))
+    x = image(model)
+    for _ in range(2):
+        assert relative_error(logits(model, x), through_modules(model, x)) < BOUND
+    assert not runs

@@ -876,7 +876,7 @@ def test_a_wrong_program_is_noticed(put, monkeypatch):
 
 
 BLIND: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "blind": lambda m: m.setattr(Watch, "changed", lambda self: False),
+    "blind": lambda m: m.setattr(Watch, "outdated", lambda self, model: False),
     "no fingerprint": lambda m: m.setattr(Fingerprint, "_read", lambda self: 0),
 }
 
