@@ -161,7 +161,7 @@ def test_wrong_images_are_refused(x, error, words):
     ("options", "words"),
     [
         ({"global_pool": "max"}, "global_pool must be one of token, avg, got 'max'"),
-        ({"fusion": "sum"}, "fusion must be one of cross, all, got 'sum'"),
+        ({"fusion": "sum"}, "fusion must be one of cross, all, class, pairwise, none, got 'sum'"),
         ({"patch_size": (12,)}, "patch_size must have one value for S and one for L"),
         ({"num_heads": (5, 3)}, "num_heads must divide the branch's width 96, got 5"),
         ({"multi_conv": True, "patch_size": (8, 16)}, "multi_conv knows patch sizes 12 and 16, got 8"),
