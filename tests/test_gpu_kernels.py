@@ -312,14 +312,14 @@ def test_inference_mode_and_frozen_weights(backend):
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 DEFECTS = 4  # of each kind, in each of the two kernels over the tokens
 # The share that may be missed. In CUDA rows and lanes are unrolled, and those of an absent head or of absent
-# channels add zeros. What else was missed when all were looked at: a sign inside of a square, and a mean over
-# the channels whose error is below bfloat16's, but not below float32's.
-UNNOTICED = {"cuda": 0.35, "triton": 0.25}
+# the channels whose error is below that of bfloat16 but not of float32, sizes that agree at these widths.
+# the channels whose error is below bfloat16's but not float32's, sizes that agree at these widths.
+UNNOTICED = {"cuda": 0.5, "triton": 0.25}
 
 
 def keys(lines: Iterable[str]) -> list[tuple[str, int]]:
-    """The beginning of each instruction, by which it is found again in another listing: its registers are its
-    own. Without registers, as those of barriers, it is the how manieth that begins so."""
+    """The beginning of each instruction, by which it is found again in another listing: its registers are
+    its own. Without registers, as those of barriers, the how manieth it is that begins so."""
     found, seen = [], Counter[str]()
     for line in lines:
         code = re.sub(r" \[[\w.]+:\d+.*", "", line)  # without its place in the source
@@ -331,22 +331,25 @@ def keys(lines: Iterable[str]) -> list[tuple[str, int]]:
 
 @contextmanager
 def collecting_executed(kernel: str) -> Iterator[set[tuple[str, int]]]:
-    """The keys of instructions of a kernel that any thread meets meanwhile."""
+    """The keys of instructions of a kernel that any thread executes meanwhile."""
     from tests.ptx.machine import Machine
 
     found: set[tuple[str, int]] = set()
-    original = Machine._make_ready  # called for each instruction when it is met first
-    of_code: dict[int, list[tuple[str, int]]] = {}
+    original = Machine._active
+    # Of each machine: the keys of its code, and those of the steps that it has run, by their identity.
+    seen: dict[Machine, tuple[list[tuple[str, int]], dict[int, tuple[str, int]]]] = {}
 
-    def make_ready(self: Machine, place: int) -> Any:
-        code = self.kernel.code
+    def active(self: Machine, step: Any, mask: Any) -> Any:
         if re.search(rf"(?<![a-z_]){kernel}(_kernel|$)", self.kernel.name):
-            if id(code) not in of_code:
-                of_code[id(code)] = keys(instruction.line for instruction in code)
-            found.add(of_code[id(code)][place])
-        return original(self, place)
+            if self not in seen:
+                seen[self] = keys(instruction.line for instruction in self.kernel.code), {}
+            of_code, of_steps = seen[self]
+            if id(step) not in of_steps:
+                of_steps |= {id(s): of_code[place] for place, s in self.code.items()}
+            found.add(of_steps[id(step)])
+        return original(self, step, mask)
 
-    with mock.patch.object(Machine, "_make_ready", make_ready):
+    with mock.patch.object(Machine, "_active", active):
         yield found
 
 
