@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crossvit_kernels import FusionWeights, cross_fusion
 
 from .fusion import CrossAttentionBlock, is_plain, is_projection
-from .layers import Block, NormLayer, projection
+from .layers import Block, NormLayer, projection, with_mean
 from .other_fusions import AllAttentionFusion, ClassTokenFusion, Grids, PairwiseFusion
 
 FUSIONS = ("cross", "all", "class", "pairwise", "none")
@@ -30,6 +30,7 @@ class MultiScaleBlock(nn.Module):
         identity_projections: f and g of the cross-attention are the identity where the widths are equal.
         attends_again: of several cross-attentions in a row, the later ones see the patches as well. In the
             released code they see the CLS token alone.
+        class_token: False where row 0 is no token of its own, but the mean of the patches before the fusion.
         backend: of the cross-attention.
     """
 
@@ -47,11 +48,13 @@ class MultiScaleBlock(nn.Module):
         fusion: str = "cross",
         identity_projections: bool = False,
         attends_again: bool = False,
+        class_token: bool = True,
         backend: str = "auto",
         **factory: Any,
     ) -> None:
         super().__init__()
         self.attends_again = attends_again
+        self.class_token = class_token
         shared: dict[str, Any] = {"norm_layer": norm_layer, **factory}
         rates: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, "attn_drop": attn_drop}
         self.blocks = nn.ModuleList(
@@ -114,6 +117,8 @@ class MultiScaleBlock(nn.Module):
         grids: Grids | None = None,
     ) -> list[Tensor]:
         """The fusion alone; see forward."""
+        if not self.class_token:
+            tokens = [with_mean(x[:, 1:]) for x in tokens]
         if self.fusion is None:
             return list(tokens)
         if not isinstance(self.fusion, nn.ModuleList):

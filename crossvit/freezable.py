@@ -26,6 +26,8 @@ def reasons_against(model: CrossViT) -> list[str]:
         reasons.append(f"the compiled module is not here: {native.load_error()}")
     if model.global_pool != "token":
         reasons.append(f"it pools with global_pool={model.global_pool!r}, not 'token'")
+    if not all([model.class_token, *(getattr(encoder, "class_token", True) for encoder in model.blocks)]):
+        reasons.append("it has no CLS tokens")
     if any(p.device.type != "cpu" for p in model.parameters()):
         reasons.append("it is not on the CPU")
     dtypes = {p.dtype for p in model.parameters()}
@@ -120,6 +122,7 @@ def _changed(model: CrossViT) -> list[str]:
     if type(model).__dict__.keys() & model.__dict__.keys():
         names.append("a method of the model")
     tensors = [f"{name}_{b}" for name in ("pos_embed", "cls_token") for b in range(2)]
+    tensors = tensors if model.class_token else []
     names += [name for name in tensors if name not in model._parameters]
     for name, module in model.named_modules():
         if module is not model:

@@ -218,6 +218,11 @@ def projection(dim_in: int, dim_out: int, norm_layer: NormLayer, **factory: Any)
     return nn.Sequential(norm_layer(dim_in, **factory), nn.GELU(), nn.Linear(dim_in, dim_out, **factory))
 
 
+def with_mean(patches: Tensor) -> Tensor:
+    """[B, P, C] -> [B, 1 + P, C]: the mean of the rows before them, in the place of a CLS token."""
+    return torch.cat((patches.mean(dim=1, keepdim=True), patches), dim=1)
+
+
 def init_weight(weight: Tensor) -> None:
     """Truncated normal, std 0.02, drawn in float32: drawn in bfloat16 it has outliers at the cut-off, 2.0."""
     with torch.no_grad():
@@ -238,10 +243,14 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 
 def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """[1, 1 + P, C] for one grid of patches -> another: bicubic over the patches, the CLS row kept."""
+    """[1, 1 + P, C] for one grid of patches -> another: bicubic over the patches, the CLS row kept.
+
+    [1, P, C] has none.
+    """
     if grid == new_grid:
         return embedding
-    cls, patches = embedding[:, :1], embedding[:, 1:]
+    rows = embedding.shape[1] - grid[0] * grid[1]
+    cls, patches = embedding[:, :rows], embedding[:, rows:]
     image = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2).float()
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
     patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)

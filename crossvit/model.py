@@ -26,8 +26,10 @@ from .layers import (
     init_linear_and_norm,
     init_weight,
     resize_position_embedding,
+    with_mean,
 )
 from .other_fusions import Grids
+from .tokens_to_token import TokensToToken
 
 Size = int | tuple[int, int]
 _POOLS = ("token", "avg")
@@ -59,6 +61,7 @@ class CrossViT(nn.Module):
         depth: (S blocks, L blocks, cross-attentions in a row, where 0 means one) of each encoder.
         num_heads, mlp_ratio: of each branch.
         multi_conv: the dagger models' stem of three convolutions.
+        t2t: patch tokens by soft splits and small transformers in both branches (tokens_to_token.py).
         crop_scale: give L a centre crop instead of a resized image, where it is no larger.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: before the head, after the
             position embedding, after projections and in MLPs, on attention, of residual branches.
@@ -72,6 +75,10 @@ class CrossViT(nn.Module):
             Table 7's row B counts its parameters.
         attends_again: of several cross-attentions in a row, the later ones see the patches as well. In the
             released code they see the CLS token alone.
+        class_token: False for the model without CLS tokens: the mean of a branch's patch tokens takes the
+            place of its CLS token, row 0. It is taken of the embedded patches, and again before each fusion,
+            so that what a fusion wrote there acts on the patches through the blocks behind it, and the head
+            reads what the last one wrote.
         backend: of the cross-attention, a name from crossvit_kernels.backends() or "auto".
 
     Raises:
@@ -103,6 +110,8 @@ class CrossViT(nn.Module):
         fusion: str = "cross",
         identity_projections: bool = False,
         attends_again: bool = False,
+        class_token: bool = True,
+        t2t: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,6 +122,8 @@ class CrossViT(nn.Module):
         for name, pair in (("patch_size", patch_size), ("embed_dim", embed_dim), ("img_scale", img_scale)):
             if len(pair) != 2:
                 raise ValueError(f"{name} must have one value for S and one for L, got {pair}")
+        if multi_conv and t2t:
+            raise ValueError("multi_conv and t2t exclude each other: both say how patches become tokens")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -122,6 +133,7 @@ class CrossViT(nn.Module):
         self.crop_scale = crop_scale
         self.dynamic_img_size = dynamic_img_size
         self.fusion = fusion
+        self.class_token = class_token
         self.num_branches = 2
         self.embed_dim = tuple(embed_dim)
         self.num_features = self.head_hidden_size = sum(embed_dim)
@@ -134,13 +146,17 @@ class CrossViT(nn.Module):
 
         self.img_size = self._check_built_size(_pair(img_size))
         for b, (rows, columns) in enumerate(self.grid_sizes(self.img_size)):
-            shape = (1, 1 + rows * columns, embed_dim[b])
+            shape = (1, int(class_token) + rows * columns, embed_dim[b])
             self.register_parameter(f"pos_embed_{b}", nn.Parameter(torch.zeros(shape, **factory)))
-            self.register_parameter(
-                f"cls_token_{b}", nn.Parameter(torch.zeros(1, 1, embed_dim[b], **factory))
-            )
+            if class_token:
+                self.register_parameter(
+                    f"cls_token_{b}", nn.Parameter(torch.zeros(1, 1, embed_dim[b], **factory))
+                )
         self.patch_embed = nn.ModuleList(
-            PatchEmbed(patch_size[b], in_chans, embed_dim[b], multi_conv, **factory) for b in range(2)
+            TokensToToken(patch_size[b], in_chans, embed_dim[b], norm_layer, **factory)
+            if t2t
+            else PatchEmbed(patch_size[b], in_chans, embed_dim[b], multi_conv, **factory)
+            for b in range(2)
         )
         self._describe_sizes()
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -163,6 +179,7 @@ class CrossViT(nn.Module):
                 fusion=fusion,
                 identity_projections=identity_projections,
                 attends_again=attends_again,
+                class_token=class_token,
                 backend=backend,
                 **factory,
             )
@@ -184,7 +201,8 @@ class CrossViT(nn.Module):
 
         for b in range(2):
             init_weight(self._position(b))
-            init_weight(self._cls_token(b))
+            if class_token:
+                init_weight(self._cls_token(b))
         self.apply(init_linear_and_norm)
 
     def _new_head(self, **factory: Any) -> nn.ModuleList:
@@ -239,7 +257,7 @@ class CrossViT(nn.Module):
         self.img_size_scaled = self.branch_sizes(self.img_size)
         grids = self.grid_sizes(self.img_size)
         for embed, size, grid in zip(self.patch_embed, self.img_size_scaled, grids, strict=True):
-            assert isinstance(embed, PatchEmbed)
+            assert isinstance(embed, PatchEmbed | TokensToToken)
             embed.img_size, embed.num_patches = size, grid[0] * grid[1]
 
     def _nearest_sizes(self, size: tuple[int, int]) -> str:
@@ -291,9 +309,12 @@ class CrossViT(nn.Module):
         tokens = []
         for b, (built, grid) in enumerate(grids):
             patches = self.patch_embed[b](self._scale_image(x, self.branch_sizes(size)[b]))
-            cls = self._cls_token(b).expand(x.shape[0], -1, -1)
             position = resize_position_embedding(self._position(b), built, grid)
-            tokens.append(self.pos_drop(torch.cat((cls, patches), dim=1) + position))
+            if self.class_token:
+                cls = self._cls_token(b).expand(x.shape[0], -1, -1)
+                tokens.append(self.pos_drop(torch.cat((cls, patches), dim=1) + position))
+            else:
+                tokens.append(with_mean(self.pos_drop(patches + position)))
         return tokens
 
     def _scale_image(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -568,7 +589,7 @@ class CrossViT(nn.Module):
             _check_choice("global_pool", global_pool, _POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        like = self._cls_token(0)
+        like = self._position(0)
         self.head = self._new_head(device=like.device, dtype=like.dtype)
         self.head.apply(init_linear_and_norm)
         self.head.train(self.training)
@@ -579,7 +600,7 @@ class CrossViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimiser should not decay."""
-        return {f"{name}_{b}" for name in ("pos_embed", "cls_token") for b in range(self.num_branches)}
+        return {name for name, _ in self.named_parameters(recurse=False)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that assign parameters to layers, for layer-wise learning rates (timm's format)."""

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Attention, DropPath, NormLayer, projection
+from crossvit_kernels import self_attention
+
+from .layers import Attention, DropPath, NormLayer, is_plain, projection
 
 Grids = Sequence[tuple[int, int]]  # (rows, columns) of patches of S and of L
 
@@ -50,9 +52,18 @@ class AllAttentionFusion(nn.Module):
     def forward(self, tokens: Sequence[Tensor], grids: Grids | None = None) -> list[Tensor]:
         lengths = [x.shape[1] for x in reversed(tokens)]
         y = torch.cat([f(x) for f, x in zip(reversed(self.projs), reversed(tokens), strict=True)], dim=1)
-        y = y + self.drop_path(self.attn(self.norm1(y)))
+        y = y + self.drop_path(self._attend(self.norm1(y)))
         large, small = y.split(lengths, dim=1)
         return [g(x) for g, x in zip(self.revert_projs, (small, large), strict=True)]
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """What `attn` computes, by the package's operation where it is as built and drops nothing."""
+        attn = self.attn
+        drops = attn.attn_drop.training and attn.attn_drop.p > 0
+        if drops or not (is_plain(attn, Attention) and is_plain(attn.attn_drop, nn.Dropout)):
+            return attn(x)
+        heads = self_attention(attn.qkv(x), attn.num_heads, scale=attn.scale)
+        return attn.proj_drop(attn.proj(heads))
 
 
 class ClassTokenFusion(nn.Module):
@@ -69,10 +80,11 @@ class ClassTokenFusion(nn.Module):
         self.revert_projs = nn.ModuleList([projection(large, small, norm_layer, **factory), nn.Identity()])
 
     def forward(self, tokens: Sequence[Tensor], grids: Grids | None = None) -> list[Tensor]:
-        small, large = (f(x[:, :1]) for f, x in zip(self.projs, tokens, strict=True))
+        rows = [_split(x) for x in tokens]
+        small, large = (f(cls) for f, (cls, _) in zip(self.projs, rows, strict=True))
         return [
-            torch.cat((g(small + large), x[:, 1:]), dim=1)
-            for g, x in zip(self.revert_projs, tokens, strict=True)
+            torch.cat((g(small + large), patches), dim=1)
+            for g, (_, patches) in zip(self.revert_projs, rows, strict=True)
         ]
 
 
@@ -90,22 +102,29 @@ class PairwiseFusion(ClassTokenFusion):
         Raises:
             ValueError: grids are not given, and the patches do not make a square.
         """
-        small, large = (f(x) for f, x in zip(self.projs, tokens, strict=True))
         of_small, of_large = _square_grids(tokens) if grids is None else grids
+        (cls_s, small), (cls_l, large) = (_split(f(x)) for f, x in zip(self.projs, tokens, strict=True))
+        cls = cls_s + cls_l
         sums = (
             small + _on_grid(large, of_large, of_small),
             large + _on_grid(small, of_small, of_large),
         )
-        return [g(x) for g, x in zip(self.revert_projs, sums, strict=True)]
+        # g takes each token alone, so that rows are put together once, behind it.
+        return [torch.cat((g(cls), g(x)), dim=1) for g, x in zip(self.revert_projs, sums, strict=True)]
 
 
-def _on_grid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """[B, 1 + P, C] with the patches resized to another grid."""
+def _split(tokens: Tensor) -> tuple[Tensor, ...]:
+    """CLS row and patches, of which autograd writes one gradient; two slices would be padded and added."""
+    return tokens.split((1, tokens.shape[1] - 1), dim=1)
+
+
+def _on_grid(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """[B, P, C] resized to another grid; the channels lie side by side in memory before and after."""
     if old == new:
-        return tokens
-    image = tokens[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+        return patches
+    image = patches.unflatten(1, old).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
-    return torch.cat((tokens[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _square_grids(tokens: Sequence[Tensor]) -> Grids:

@@ -6,6 +6,8 @@ import fnmatch
 import os
 from typing import Any
 
+from torch import nn
+
 from .data import IMAGENET_MEAN, IMAGENET_STD
 from .model import CrossViT
 from .variants import VARIANTS, Variant, find_variant
@@ -86,7 +88,8 @@ class Constructor:
 
 def _config(model: CrossViT, row: Variant) -> dict[str, Any]:
     """What timm's data helpers read of a model."""
-    stem = ".0" if row.three_conv_stem else ""
+    proj = model.patch_embed[0].proj
+    stem = ".0" if isinstance(proj, nn.Sequential) else ""
     return {
         "architecture": row.name,
         "num_classes": model.num_classes,
@@ -97,7 +100,9 @@ def _config(model: CrossViT, row: Variant) -> dict[str, Any]:
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "fixed_input_size": not model.dynamic_img_size,
-        "first_conv": tuple(f"patch_embed.{b}.proj{stem}" for b in range(2)),
+        "first_conv": None
+        if isinstance(proj, nn.Linear)
+        else tuple(f"patch_embed.{b}.proj{stem}" for b in range(2)),
         "classifier": ("head.0", "head.1"),
         "hf_hub_id": row.timm_hub_id,
         "license": "apache-2.0",

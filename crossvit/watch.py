@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels.fingerprint import Fingerprint
 
+from .encoder import MultiScaleBlock
 from .fusion import CrossAttention, CrossAttentionBlock
 from .layers import Attention, DropPath, PatchEmbed
 
@@ -26,8 +27,12 @@ _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     CrossAttention: ("scale", "num_heads"),
     CrossAttentionBlock: ("backend",),
     PatchEmbed: ("patch_size",),
+    MultiScaleBlock: ("class_token",),
 }
-_OF_MODEL = ("num_classes", "in_chans", "img_size", "img_scale", "patch_size", "crop_scale", "global_pool")
+_OF_MODEL = (
+    *("num_classes", "in_chans", "img_size", "img_scale", "patch_size", "crop_scale", "global_pool"),
+    "class_token",
+)
 _PLAIN = (int, float, bool, str, tuple, type(None))
 
 

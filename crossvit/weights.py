@@ -228,7 +228,7 @@ def _adapt_positions(
             continue
         if position.shape[2] != expected[key].shape[2]:
             continue  # another width: reported with the other shapes
-        patches = position.shape[1] - 1
+        patches = position.shape[1] - int(model.class_token)
         side = math.isqrt(max(patches, 0))
         if side * side != patches or side == 0:
             raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossvit.other_fusions import ClassTokenFusion, PairwiseFusion
 from tests.models import exact, image, small, small_model
@@ -96,6 +97,67 @@ def test_gradients_and_training(kind):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Copies(TorchDispatchMode):
+    """Counts bytes that are written by operations that only move or clear tensors."""
+
+    MOVES = (
+        "cat",
+        "clone",
+        "copy_",
+        "zeros",
+        "zero_",
+        "new_zeros",
+        "slice_backward",
+        "split_with_sizes_backward",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in self.MOVES:
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("kind", [ClassTokenFusion, PairwiseFusion])
+def test_tokens_are_moved_once_each_way(kind):
+    """Into the result, and into the gradient. The rest are rows of CLS tokens."""
+    made = fusion(kind).float()
+    tokens = [torch.randn(2, 1 + p, c, requires_grad=True) for p, c in ((400, 6), (196, 10))]
+    of_tokens = sum(x.nbytes for x in tokens)
+    with Copies() as forward:
+        total = sum((y * y).sum() for y in made(tokens))
+    with Copies() as backward:
+        total.backward()
+    assert of_tokens <= forward.bytes < 1.01 * of_tokens
+    least = of_tokens
+    if kind is PairwiseFusion:  # S's tokens are projected to 10 channels before they are split; and the
+        # gradient of its patches' results is taken out of that of all rows for the matrix product.
+        least = 2 * 4 * (401 * 10 + 197 * 10 + 400 * 6)
+    assert least <= backward.bytes < 1.01 * least
+
+
+def test_all_attention_keeps_to_modules_that_were_changed():
+    """It calls the package's operation for what is as built."""
+    model = small(fusion="all")
+    tokens = [torch.randn(2, 17, 24), torch.randn(2, 10, 48)]
+    made = model.blocks[0].fusion
+    seen = []
+    with torch.no_grad():
+        want = made(tokens)
+        handle = made.attn.register_forward_hook(lambda *call: seen.append(call[2]))
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(made(tokens), want, strict=True))
+        handle.remove()
+    assert len(seen) == 1
+    made.attn.attn_drop.p = 0.5
+    assert relative_error(made.train()(tokens)[0], want[0]) > 1e-4
+    made.eval().attn.scale = 0.0
+    assert relative_error(made(tokens)[0], want[0]) > 1e-4
 
 
 @pytest.mark.parametrize("kind", OTHERS)

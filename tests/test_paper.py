@@ -22,6 +22,7 @@ def test_every_row_of_the_ablations_is_there():
     assert [name for _, name in names] == list("ABCDE")
     assert sum(row.table == "6" for row in PAPER) == 5
     assert sum(row.table == "8" for row in PAPER) == 6
+    assert [row.top1 for row in PAPER if row.table == "text"] == [80.0, 83.0]
     assert sum(row.table == "2-4" for row in PAPER) == 15
 
 
