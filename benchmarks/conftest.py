@@ -1,7 +1,8 @@
 """What the benchmarks share: options, the race of rivals, and where results go.
 
 `pytest benchmarks --benchmark-only` runs on the GPU where there is one, else on the CPU; `--full` adds the
-large sizes. Each run leaves benchmarks/results/<machine>.json unless --benchmark-json names another file.
+large sizes. Each run leaves benchmarks/results/<machine>/: all.json (a run of some of them, -k, a file of its
+own), report.md and charts; with --benchmark-json, that file alone.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
 import crossvit_kernels
+from benchmarks import race as races
+from benchmarks.report import redraw
+from benchmarks.results import RESULTS, machine_name, memory_bytes
 from crossvit._timm import import_timm
 from crossvit_kernels import native
-from crossvit_kernels.measure import compare, interleaved, peak_bytes
 
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = 15
 THREADS_OF_MACHINE = torch.get_num_threads()
 
 
@@ -31,23 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="add the large sizes (tens of minutes on two cores)")
 
 
-def machine_name() -> str:
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        import cpuinfo
-
-        name = f"{cpuinfo.get_cpu_info().get('brand_raw', 'cpu')} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a large size, run with --full only")
     if getattr(config.option, "benchmark_json", None) is None and not config.option.collectonly:
-        RESULTS.mkdir(exist_ok=True)
+        folder = RESULTS / machine_name()
+        folder.mkdir(parents=True, exist_ok=True)
         # A run of some of them (-k) leaves the results of all alone.
         some = re.sub(r"[^a-z0-9]+", "-", config.option.keyword.lower()).strip("-")
-        config._crossvit_results = RESULTS / f"{machine_name()}{some and '-' + some}.json"
+        config._crossvit_results = folder / f"{some or 'all'}.json"
         # Written beside and renamed at the end: an interrupted run leaves the earlier results.
         config.option.benchmark_json = str(config._crossvit_results.with_suffix(".json.part"))
 
@@ -59,7 +51,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     part = target.with_suffix(".json.part")
     if part.exists() and part.stat().st_size > 0:
         os.replace(part, target)
+        redraw(target.parent)
     part.unlink(missing_ok=True)
+    if not any(target.parent.iterdir()):
+        target.parent.rmdir()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -72,6 +67,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "timm": import_timm().__version__,
         "cuda": torch.version.cuda,
     }
+    machine_info["memory_bytes"] = memory_bytes()
     machine_info["native"] = native.build_report()
 
 
@@ -112,32 +108,50 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-Race = Callable[[Callable[[], object], Mapping[str, Callable[[], object]]], None]
+class Race(Protocol):
+    def __call__(
+        self,
+        ours: Callable[[], object],
+        rivals: Mapping[str, Callable[[], object]],
+        given: Iterable[Tensor] | None = None,
+        latency: bool = False,
+        held: Callable[[], int] = lambda: 0,
+    ) -> None: ...
+
+
 _lines: list[str] = []
 
 
 @pytest.fixture
 def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Race:
-    """Times a function against rivals, in turn, and keeps ratios and peak memory in extra_info."""
+    """Times a function against rivals, in turn, and keeps what `race.run` finds in extra_info."""
 
-    def run(ours: Callable[[], object], rivals: Mapping[str, Callable[[], object]]) -> None:
-        samples = interleaved({"ours": ours, **rivals}, ROUNDS, device)
-        memory = {name: peak_bytes(call, device) for name, call in {"ours": ours, **rivals}.items()}
-        benchmark.extra_info["peak_bytes"] = memory
+    def run(
+        ours: Callable[[], object],
+        rivals: Mapping[str, Callable[[], object]],
+        given: Iterable[Tensor] | None = None,
+        latency: bool = False,
+        held: Callable[[], int] = lambda: 0,
+    ) -> None:
+        try:
+            found = races.run(ours, rivals, device, given, latency, held)
+        except MemoryError as error:
+            benchmark.extra_info["not run ours"] = races.BEYOND_MEMORY
+            benchmark.pedantic(lambda: None, rounds=1)
+            _lines.append(f"{request.node.name:70s} not run: {error}")
+            return
+        benchmark.extra_info |= found
+        memory = found["peak_bytes"]
         for name in rivals:
-            comparison = compare(samples["ours"], samples[name])
-            benchmark.extra_info[f"against {name}"] = {
-                "rival_seconds": comparison.rival.median,
-                "ours_seconds": comparison.ours.median,
-                "ratio": comparison.ratio.median,
-                "low": comparison.ratio.low,
-                "high": comparison.ratio.high,
-                "memory_ratio": memory[name] / max(memory["ours"], 1),
-            }
-            times = f"{comparison.ours.median * 1e3:9.3f} ms {comparison.rival.median * 1e3:9.3f} ms"
+            if f"against {name}" not in found:
+                _lines.append(f"{request.node.name:70s} {name:14s} not run: {races.BEYOND_MEMORY}")
+                continue
+            row = found[f"against {name}"]
+            times = f"{row['ours_seconds'] * 1e3:9.3f} ms {row['rival_seconds'] * 1e3:9.3f} ms"
             sizes = f"{memory['ours'] / 1e6:8.2f} MB {memory[name] / 1e6:8.2f} MB"
-            _lines.append(f"{request.node.name:70s} {name:14s} {times} {sizes}  {comparison.words()}")
-        benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+            words = f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+            _lines.append(f"{request.node.name:70s} {name:14s} {times} {sizes}  {words}")
+        benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
 
     return run
 
@@ -166,7 +180,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for line in _printed:
             terminalreporter.write_line(line)
     if _lines:
-        terminalreporter.section("races: this package, rival, then peak memory of both; intervals are 95 %")
+        terminalreporter.section(
+            "races: this package, rival, peak memory of both, ratio of the times with its 95 % interval"
+        )
         for line in _lines:
             terminalreporter.write_line(line)
     target = getattr(config, "_crossvit_results", None)

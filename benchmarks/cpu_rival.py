@@ -6,11 +6,15 @@ then time after time a number of seconds for which to run. Between requests it s
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +79,19 @@ class Timm:
     def ready(self, images: Tensor, threads: int) -> Run:
         x = images.to(self.dtype)
         return lambda: self.model(x)
+
+
+class Compiled(Timm):
+    """timm's model by torch.compile, which compiles for each batch and number of threads."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.version = torch.__version__
+
+    def ready(self, images: Tensor, threads: int) -> Run:
+        torch.compiler.reset()
+        model, x = torch.compile(self.model, dynamic=False), images.to(self.dtype)
+        return lambda: model(x)
 
 
 class OpenVino:
@@ -164,7 +181,7 @@ class Peak:
             self.ways.append(lambda: torch._C._nn.mkldnn_linear(x, weight, None))
 
     def ready(self, images: Tensor, threads: int) -> Run:
-        return min(self.ways, key=lambda way: _seconds(way, 0.2))
+        return min(self.ways, key=lambda way: statistics.mean(_calls(way, 0.2)))
 
 
 RIVALS: dict[str, Callable[[], Any]] = {
@@ -174,6 +191,8 @@ RIVALS: dict[str, Callable[[], Any]] = {
     "not frozen bf16": lambda: Ours(torch.bfloat16, False),
     "timm fp32": lambda: Timm(torch.float32),
     "timm bf16": lambda: Timm(torch.bfloat16),
+    "torch.compile fp32": lambda: Compiled(torch.float32),
+    "torch.compile bf16": lambda: Compiled(torch.bfloat16),
     "OpenVINO fp32": lambda: OpenVino("f32", False),
     "OpenVINO bf16": lambda: OpenVino("bf16", False),
     "OpenVINO helped fp32": lambda: OpenVino("f32", True),
@@ -184,15 +203,31 @@ RIVALS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _seconds(run: Run, at_least: float) -> float:
-    """The mean of one call, over as many as fill the time."""
-    start, calls = time.perf_counter(), 0
+def _calls(run: Run, at_least: float) -> list[float]:
+    """Seconds of each call, of as many as fill the time."""
+    moments = [time.perf_counter()]
     while True:
         run()
-        calls += 1
-        elapsed = time.perf_counter() - start
-        if elapsed >= at_least:
-            return elapsed / calls
+        moments.append(time.perf_counter())
+        if moments[-1] - moments[0] >= at_least:
+            return [end - start for start, end in itertools.pairwise(moments)]
+
+
+def _resident(peak: bool) -> int:
+    """Bytes of memory that the process holds, or the most since `_forget_peak`."""
+    key = "VmHWM" if peak else "VmRSS"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
 
 
 def _as_array(logits: Any) -> np.ndarray:
@@ -202,11 +237,13 @@ def _as_array(logits: Any) -> np.ndarray:
 def _work(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
     rival: Any = None
     loaded, run = "", None
+    libraries = 0
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "model" in request:
                 rival = rival or RIVALS[name]()
+                libraries = libraries or _resident(peak=False)
                 torch.set_num_threads(request["threads"])
                 data = torch.load(request["data"])
                 if loaded != request["model"]:
@@ -217,10 +254,13 @@ def _work(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
                 result = run()
                 if not isinstance(rival, Peak):
                     np.save(request["logits"], _as_array(result))
-                answer({"version": rival.version})
+                gc.collect()
+                _forget_peak()
+                run()
+                answer({"version": rival.version, "resident_bytes": _resident(peak=True) - libraries})
             else:
                 assert run is not None
-                answer({"seconds": _seconds(run, request["seconds"])})
+                answer({"calls": _calls(run, request["seconds"])})
         except Exception as error:
             answer({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 

@@ -1,62 +1,293 @@
-"""`python -m benchmarks.report FILE...`: results files as Markdown tables; the README shows an excerpt."""
+"""`python -m benchmarks report [FOLDER ...]`: results as Markdown and charts, in the folder of the machine.
+
+Without folders, those of all machines in benchmarks/results. What is slower than a rival comes first.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import charts
+from benchmarks.results import RESULTS, Benchmark, by_group, exponent, load, tokens_that_fit
 
-def table(path: Path) -> str:
-    """Markdown of every race in a results file, and a line that says where and when it was run."""
-    results = json.loads(path.read_text())
-    machine = results["machine_info"]
-    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
-    commit, day = results["commit_info"]["id"][:10], results["datetime"][:10]
-    where = f"{machine['device']}; {versions}; commit {commit}; {day}."
-    if any("rivals" in bench["extra_info"] for bench in results["benchmarks"]):
-        return "\n\n".join([where, *_tables_of_rivals(results["benchmarks"])])
-    lines = [
-        where,
-        "",
-        "| benchmark | rival | ours | rival | ratio (95 % interval) | memory, rival over ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for bench in results["benchmarks"]:
-        for key, race in bench["extra_info"].items():
-            if not key.startswith("against "):
+SCHEMES = "fusions as the number of tokens grows"
+FITTED_FROM = 400  # tokens; below, calls themselves cost more than what they do
+_PERCENTILES = ("p50", "p90", "p99")
+
+
+def redraw(folder: Path) -> None:
+    """report.md and charts of a folder of results, each written beside and renamed.
+
+    Raises:
+        ValueError: the folder has no results.
+    """
+    benchmarks = load(folder)
+    pictures = {
+        name: figure for name, draw in charts.CHARTS.items() if (figure := draw(benchmarks)) is not None
+    }
+    for name, figure in pictures.items():
+        _write(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=110))
+    text = markdown(folder.name, benchmarks, pictures)
+    _write(folder / "report.md", lambda path: path.write_text(text))
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def markdown(machine: str, benchmarks: Sequence[Benchmark], pictures: Iterable[str] = ()) -> str:
+    """The whole report."""
+    parts = [f"# Benchmarks on {machine}", _where(benchmarks), *_slower(benchmarks)]
+    groups = by_group(benchmarks)
+    for group, rows in groups.items():
+        parts.append(f"## {group[:1].upper()}{group[1:]}")
+        parts += [f"![{name}]({name})" for name in pictures if charts.GROUP_OF[name] == group]
+        if any("rivals" in row.info for row in rows):
+            parts += _tables_of_rivals(rows)
+            continue
+        if group == SCHEMES:
+            parts += _growth(rows)
+        parts += _races(rows)
+        parts += _limits(rows)
+        parts += _latencies(rows)
+        parts += _measured(rows)
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(benchmarks: Sequence[Benchmark]) -> str:
+    """The runs, and how to read them."""
+    lines = [f"- {file}: {where}." for file, where in dict.fromkeys((b.file, b.where) for b in benchmarks)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Ratios are the rival's time over this package's, medians of rounds taken in turn, with 95 %",
+            "intervals: above 1 this package is faster. An interval that holds 1 is no difference.",
+        ]
+    )
+
+
+def _slower(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    races = [(b, rival, row) for b in benchmarks for rival, row in b.races()]
+    slower = [race for race in races if race[2]["high"] < 1]
+    faster = sum(row["low"] > 1 for _, _, row in races)
+    yield "## Where this package is slower"
+    yield (
+        f"Of {len(races)} races this package wins {faster}, loses {len(slower)}, and "
+        f"{len(races) - faster - len(slower)} show no difference."
+    )
+    if slower:
+        slower.sort(key=lambda race: race[2]["ratio"])
+        yield _table(
+            ("benchmark", "rival", "ours", "rival's", "ratio"),
+            ((f"{b.group}: {b.label}", rival, *_times(row), _ratio(row)) for b, rival, row in slower),
+        )
+
+
+def _times(row: dict[str, float]) -> tuple[str, str]:
+    return _duration(row["ours_seconds"]), _duration(row["rival_seconds"])
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
+
+
+def _ratio(row: dict[str, float]) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rivals(benchmarks: Iterable[Benchmark]) -> list[str]:
+    found = dict.fromkeys(rival for b in benchmarks for rival, _ in b.races())
+    missing = (
+        key.removeprefix("not run ") for b in benchmarks for key in b.info if key.startswith("not run ")
+    )
+    return [*found, *(name for name in dict.fromkeys(missing) if name not in found and name != "ours")]
+
+
+def _races(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    """Times, then memory."""
+    rivals = _rivals(benchmarks)
+    if not rivals:
+        return
+
+    def cells(benchmark: Benchmark) -> Iterator[str]:
+        for rival in rivals:
+            row = benchmark.info.get(f"against {rival}")
+            yield _ratio(row) if row else str(benchmark.info.get(f"not run {rival}", ""))
+
+    def ours(benchmark: Benchmark) -> str:
+        times = [row["ours_seconds"] for _, row in benchmark.races()]
+        return _duration(times[0]) if times else str(benchmark.info.get("not run ours", ""))
+
+    yield _table(("time", "this package", *rivals), ((b.label, ours(b), *cells(b)) for b in benchmarks))
+    for key, title in (
+        ("peak_bytes", "peak memory"),
+        ("saved_bytes", "kept for backward"),
+        ("joules", "energy"),
+    ):
+        rows = [b for b in benchmarks if key in b.info]
+        if rows:
+            write = _joules if key == "joules" else _size
+            yield _table(
+                (title, "this package", *rivals),
+                ((b.label, *_of_each(b.info[key], ["ours", *rivals], write)) for b in rows),
+            )
+
+
+def _of_each(values: dict[str, Any], names: Iterable[str], write: Callable[[float], str]) -> Iterator[str]:
+    for name in names:
+        yield write(values[name]) if values.get(name) is not None else ""
+
+
+def _joules(energy: float) -> str:
+    return f"{energy:.3g} J"
+
+
+def _limits(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    """How much of the time the hardware needs at least."""
+    rows = []
+    for benchmark in benchmarks:
+        row = benchmark.info.get("against bytes once")
+        if row:
+            rows.append(
+                (benchmark.label, _duration(row["ours_seconds"]), "bytes, once", f"{row['ratio']:.0%}")
+            )
+        limits = benchmark.info.get("limits")
+        if limits:
+            binding = max(limits, key=limits.__getitem__)
+            seconds = benchmark.info["seconds"]["ours"]
+            rows.append((benchmark.label, _duration(seconds), binding, f"{limits[binding] / seconds:.0%}"))
+    if rows:
+        yield _table(
+            ("share of the least time that hardware allows", "this package", "what binds", "share"), rows
+        )
+
+
+def _latencies(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    rows = []
+    for benchmark in benchmarks:
+        for name, values in benchmark.info.get("latency", {}).items():
+            images = benchmark.info.get("images")
+            rate = f"{images / values['p50']:.4g}" if images else ""
+            times = (_duration(values[p]) for p in _PERCENTILES)
+            rows.append((benchmark.label, "this package" if name == "ours" else name, *times, rate))
+    if rows:
+        yield _table(("latency of single calls", "", "median", "90 %", "99 %", "images/s"), rows)
+
+
+def _measured(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    """What has no rival."""
+    rows = [(what, _duration(s)) for b in benchmarks for what, s in b.info.get("measured", {}).items()]
+    if rows:
+        yield _table(("alone", "time"), rows)
+
+
+def growth(benchmarks: Iterable[Benchmark]) -> dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]]:
+    """(what, mode) -> fusion -> tokens -> (seconds, bytes)."""
+    found: dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]] = {}
+    for benchmark in benchmarks:
+        info = benchmark.info
+        for name, seconds in info["seconds"].items() if "tokens" in info and "seconds" in info else ():
+            curves = found.setdefault((info["what"], info["mode"]), {})
+            curves.setdefault(name, {})[info["tokens"]] = seconds, info["bytes"][name]
+    return {
+        key: {name: dict(sorted(c.items())) for name, c in curves.items()} for key, curves in found.items()
+    }
+
+
+def _growth(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+    """Exponents, and where each fusion would fill the memory."""
+    memory = benchmarks[0].memory
+    for (what, mode), curves in growth(benchmarks).items():
+        rows = []
+        for name, points in curves.items():
+            larger = {n: point for n, point in points.items() if n >= FITTED_FROM}
+            if len(larger) < 2:
                 continue
-            name = bench["name"].removeprefix("test_").replace("[", ": ").rstrip("]").replace("_", " ")
-            ratio = f"{race['ratio']:.2f} ({race['low']:.2f}-{race['high']:.2f})"
-            times = (f"{race[which] * 1e3:.2f} ms" for which in ("ours_seconds", "rival_seconds"))
-            memory = f"{race['memory_ratio']:.2f}" if "memory_ratio" in race else ""
-            cells = (name, key.removeprefix("against "), *times, ratio, memory)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            last = max(larger)
+            bytes_of = {n: size for n, (_, size) in larger.items()}
+            fits = f"{tokens_that_fit(bytes_of, memory):,.0f}" if memory and bytes_of[last] else ""
+            rows.append(
+                (
+                    name,
+                    f"{exponent({n: s for n, (s, _) in larger.items()}):.2f}",
+                    f"{exponent(bytes_of):.2f}" if min(bytes_of.values()) else "",
+                    f"{_duration(larger[last][0])}, {_size(larger[last][1])}",
+                    fits,
+                )
+            )
+        if rows:
+            yield f"{what}, {mode}; powers of the number of tokens, fitted from {FITTED_FROM} tokens on:"
+            limit = f"tokens that {_size(memory)} hold (extrapolated)" if memory else "tokens that fit"
+            yield _table(("fusion", "time", "peak memory", f"at {last:,} tokens", limit), rows)
 
 
-def _tables_of_rivals(benchmarks: list[dict[str, Any]]) -> Iterator[str]:
+def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
     """Of benchmarks/test_cpu.py: for each model and number of threads, rivals by precision and batch."""
-    runs = {}
-    for bench in benchmarks:
-        run = bench["extra_info"]
-        if "rivals" in run:
-            runs[run["model"], run["threads"], run["batch"]] = run
+    runs = {(b.info["model"], b.info["threads"], b.info["batch"]): b.info for b in benchmarks}
     for model, threads in dict.fromkeys(key[:2] for key in runs):
         batches = sorted(key[2] for key in runs if key[:2] == (model, threads))
         columns = [(p, runs[model, threads, b]) for p in ("fp32", "bf16") for b in batches]
-        yield f"{model}, threads: {threads}; least milliseconds an image (median of the ratios to frozen)"
         names = [f"{p}, batch {run['batch']}" for p, run in columns]
-        lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         rivals = dict.fromkeys(name.rpartition(" ")[0] for _, run in columns for name in run["rivals"])
-        for rival in rivals:
-            cells = " | ".join(_cell(run, f"{rival} {p}") for p, run in columns)
-            lines.append(f"| {rival} | {cells} |")
-        peaks = " | ".join(f"{run['peak_gflops'].get(p, 0):.0f}" for p, run in columns)
-        shares = " | ".join(f"{run['rivals'][f'frozen {p}']['share_of_peak'] or 0:.0%}" for p, run in columns)
-        yield "\n".join([*lines, f"| peak, GFLOP/s | {peaks} |", f"| frozen, share of it | {shares} |"])
+        yield f"{model}, threads: {threads}; least milliseconds an image (median of the ratios to frozen)"
+        yield _table(
+            ("", *names),
+            [
+                *((rival, *(_cell(run, f"{rival} {p}") for p, run in columns)) for rival in rivals),
+                ("peak, GFLOP/s", *(f"{run['peak_gflops'].get(p, 0):.0f}" for p, run in columns)),
+                ("frozen, share of it", *(_share(run, p) for p, run in columns)),
+            ],
+        )
+        for key, title, write in (
+            ("latency", "latency of single calls, median / 90 % / 99 %, ms", _percentiles),
+            ("resident_bytes", "memory of the process beyond that of its libraries", _size),
+        ):
+            kept = [
+                [run["rivals"].get(f"{rival} {p}", {}).get(key) for p, run in columns] for rival in rivals
+            ]
+            rows = [
+                (rival, *("" if value is None else write(value) for value in values))
+                for rival, values in zip(rivals, kept, strict=True)
+            ]
+            if any(cell for row in rows for cell in row[1:]):
+                yield title + ":"
+                yield _table(("", *names), rows)
+
+
+def _percentiles(latency: Any) -> str:
+    return " / ".join(f"{latency[p] * 1e3:.4g}" for p in _PERCENTILES)
+
+
+def _share(run: dict[str, Any], precision: str) -> str:
+    return f"{run['rivals'][f'frozen {precision}']['share_of_peak'] or 0:.0%}"
 
 
 def _cell(run: dict[str, Any], rival: str) -> str:
@@ -67,5 +298,20 @@ def _cell(run: dict[str, Any], rival: str) -> str:
     return time if race is None else f"{time} ({race['ratio']:.2f})"
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of results (all machines')")
+    options = parser.parse_args(arguments)
+    folders = options.folders or sorted(path.parent for path in RESULTS.glob("*/all.json"))
+    try:
+        for folder in folders:
+            redraw(folder)
+            print(folder / "report.md")
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print("\n\n".join(table(Path(name)) for name in sys.argv[1:]))
+    sys.exit(main())

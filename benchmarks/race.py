@@ -1,0 +1,145 @@
+"""One function against rivals that compute the same: what is measured of each, and how it is kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_timing
+from benchmarks.energy import joules
+from crossvit_kernels.measure import compare, interleaved, peak_bytes
+
+Call = Callable[[], object]
+
+# In the place of a rival: what no kernel can undercut, and this package in another way.
+LIMITS = ("bytes once",)
+OWN = ("not frozen fp32", "not frozen bf16")
+ROUNDS, LEAST_ROUNDS = 15, 3
+_SECONDS = 8.0  # for all rounds of a race; large sizes get fewer
+_LATENCY_SECONDS, _LATENCY_CALLS = 1.0, 20
+BEYOND_MEMORY = "more than this machine's memory"
+
+
+def run(
+    ours: Call,
+    rivals: Mapping[str, Call],
+    device: torch.device,
+    given: Iterable[Tensor] | None = None,
+    latency: bool = False,
+    held: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
+    """Times all in turn, and takes their peak memory, and energy where the machine reports it.
+
+    Args:
+        given: inputs and parameters of a training step; what else autograd keeps for backward is counted.
+        latency: percentiles of single calls as well.
+        held: bytes that our own function keeps from call to call; they count as memory of a call.
+
+    Returns:
+        "peak_bytes", "saved_bytes", "joules", "latency" by name, where "ours" is the first, and
+        "against NAME" with seconds and the ratio rival over ours. A rival that memory does not hold has
+        "not run NAME" instead. On a GPU, "graphs" has medians of captured graphs with a cold cache.
+
+    Raises:
+        MemoryError: our own function is more than the memory holds.
+    """
+    calls = {"ours": ours, **rivals}
+    found: dict[str, Any] = {}
+    seconds = {}
+    for name in list(calls):
+        try:
+            calls[name]()  # torch.compile compiles
+            seconds[name] = _seconds(calls[name], device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if name == "ours":
+                raise MemoryError(f"{BEYOND_MEMORY}: {str(error).splitlines()[0]}") from None
+            found[f"not run {name}"] = BEYOND_MEMORY
+            del calls[name]
+    rounds = min(ROUNDS, max(LEAST_ROUNDS, int(_SECONDS / sum(max(s, 2e-2) for s in seconds.values()))))
+    samples = interleaved(calls, rounds, device)
+    found["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
+    found["peak_bytes"]["ours"] += held()
+    if given is not None:
+        given = list(given)
+        found["saved_bytes"] = {
+            name: saved_bytes(call, given) for name, call in calls.items() if name not in LIMITS
+        }
+    energy = {name: joules(call, device) for name, call in calls.items()}
+    if energy["ours"] is not None:
+        found["joules"] = energy
+    if latency:
+        found["latency"] = {name: percentiles(single_calls(call, device)) for name, call in calls.items()}
+    if device.type == "cuda" and given is None:
+        cold = gpu_timing.ColdCache()
+        graphs = {name: gpu_timing.capture(call) for name, call in calls.items()}
+        times = gpu_timing.in_turn(graphs, rounds, lambda replay: gpu_timing.seconds(replay, cold))
+        found["graphs"] = {name: statistics.median(values) for name, values in times.items()}
+    for name in calls:
+        if name != "ours":
+            found[f"against {name}"] = comparison(samples["ours"], samples[name])
+            memory = found["peak_bytes"]
+            found[f"against {name}"]["memory_ratio"] = memory[name] / max(memory["ours"], 1)
+    return found
+
+
+def comparison(ours: list[float], rival: list[float]) -> dict[str, float]:
+    """Medians in seconds, and the ratio rival over ours with its 95 % interval."""
+    result = compare(ours, rival)
+    return {
+        "rival_seconds": result.rival.median,
+        "ours_seconds": result.ours.median,
+        "ratio": result.ratio.median,
+        "low": result.ratio.low,
+        "high": result.ratio.high,
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def saved_bytes(training: Call, given: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps from forward to backward in one call, each storage once, `given` left out."""
+    ignored = {x.untyped_storage().data_ptr() for x in given}
+    kept: dict[int, int] = {}
+    alive = []  # else another storage could get the address of one that is gone
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        training()
+    return sum(kept.values())
+
+
+def single_calls(function: Call, device: torch.device) -> list[float]:
+    """Seconds of calls one by one, each waited for."""
+    times: list[float] = []
+    while len(times) < _LATENCY_CALLS or sum(times) < _LATENCY_SECONDS:
+        times.append(_seconds(function, device))
+    return times
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """Those of 50, 90 and 99 %, in seconds: the least time that so many of the calls do not exceed."""
+    ordered = sorted(times)
+    return {f"p{p}": ordered[max(0, -(-p * len(ordered) // 100) - 1)] for p in (50, 90, 99)}
+
+
+def _seconds(function: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
