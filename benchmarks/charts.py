@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.results import Benchmark, by_group, exponent
+from benchmarks.results import Benchmark, by_group, digits, exponent, largest
 
 OURS, OTHERS = "#0b6e4f", ("#8d99ae", "#d17a22", "#6a4c93", "#1982c4", "#b5838d", "#4d4d4d", "#c9a227")
 
@@ -22,7 +22,9 @@ def _plain(axis: Any) -> None:
 
 def growth_chart(benchmarks: Sequence[Benchmark]) -> Any:
     """Time and memory of one fusion over the number of tokens."""
-    from benchmarks.report import FITTED_FROM, growth
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    from benchmarks.report import growth
 
     found = growth(benchmarks)
     modes = [mode for what, mode in found if what == "fusion"]
@@ -33,12 +35,15 @@ def growth_chart(benchmarks: Sequence[Benchmark]) -> Any:
         for axis, which, title in zip(axes, (0, 1), ("milliseconds", "peak memory, MB"), strict=True):
             for i, (name, points) in enumerate(found["fusion", mode].items()):
                 values = {n: point[which] * (1e3 if which == 0 else 1e-6) for n, point in points.items()}
-                larger = {n: v for n, v in values.items() if n >= FITTED_FROM and v > 0}
+                larger = {n: v for n, v in largest(values).items() if v > 0}
                 power = f", power {exponent(larger):.2f}" if len(larger) > 1 else ""
                 colour = OURS if name == "cross" else OTHERS[i % len(OTHERS)]
                 axis.loglog(
                     *zip(*values.items(), strict=True), "o-", color=colour, label=f"{name}{power}", ms=4
                 )
+            axis.set_xticks(sorted({n for points in found["fusion", mode].values() for n in points}))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("tokens of both branches")
             axis.set_ylabel(title)
             axis.set_title(f"one fusion of CrossViT-S, {mode}", fontsize=10)
@@ -59,6 +64,8 @@ def operation_chart(benchmarks: Sequence[Benchmark]) -> Any:
 
 
 def _ratios(rows: Sequence[Benchmark], title: str) -> Any:
+    from matplotlib.ticker import NullFormatter
+
     rivals = list(dict.fromkeys(rival for b in rows for rival, _ in b.races()))
     figure = _figure(10, 0.75 + 0.16 * len(rows) * (len(rivals) + 1))
     axis = figure.subplots()
@@ -72,6 +79,8 @@ def _ratios(rows: Sequence[Benchmark], title: str) -> Any:
             axis.plot([row["low"], row["high"]], [y, y], color="black", linewidth=1)
     axis.axvline(1, color=OURS, linewidth=2, label="this package")
     axis.set_xscale("log")
+    axis.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(
         [at + height * (len(rivals) - 1) / 2 for at in range(len(rows))], [b.label for b in rows], fontsize=8
     )
@@ -98,7 +107,7 @@ def models_chart(benchmarks: Sequence[Benchmark]) -> Any:
         ours = {f"frozen {precision}", f"not frozen {precision}"}
         axis.barh(range(len(names)), rates, color=[OURS if name in ours else OTHERS[0] for name in names])
         for at, rate in enumerate(rates):
-            axis.text(rate, at, f" {rate:.3g}", va="center", fontsize=7)
+            axis.text(rate, at, f" {digits(rate)}", va="center", fontsize=7)
         axis.set_xlim(0, max(rates) * 1.2)
         axis.set_yticks(range(len(names)), [name.removesuffix(f" {precision}") for name in names], fontsize=8)
         axis.invert_yaxis()

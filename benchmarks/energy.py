@@ -49,6 +49,8 @@ def _of_gpu(device: torch.device) -> Counter | None:
 def _of_packages() -> Counter | None:
     zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     try:
+        # Beside packages there may be the whole platform, "psys", which has them in it.
+        zones = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
         ranges = [float((zone / "max_energy_range_uj").read_text()) for zone in zones]
         last = [float((zone / "energy_uj").read_text()) for zone in zones]
     except OSError:

@@ -41,7 +41,7 @@ def run(
         held: bytes that our own function keeps from call to call; they count as memory of a call.
 
     Returns:
-        "peak_bytes", "saved_bytes", "joules", "latency" by name, where "ours" is the first, and
+        "ours_seconds"; "peak_bytes", "saved_bytes", "joules", "latency" by name, where "ours" is the first;
         "against NAME" with seconds and the ratio rival over ours. A rival that memory does not hold has
         "not run NAME" instead. On a GPU, "graphs" has medians of captured graphs with a cold cache.
 
@@ -59,11 +59,13 @@ def run(
             if not is_out_of_memory(error):
                 raise
             if name == "ours":
-                raise MemoryError(f"{BEYOND_MEMORY}: {str(error).splitlines()[0]}") from None
+                first_line = str(error).partition("\n")[0]
+                raise MemoryError(f"{BEYOND_MEMORY}: {first_line}".removesuffix(": ")) from None
             found[f"not run {name}"] = BEYOND_MEMORY
             del calls[name]
     rounds = min(ROUNDS, max(LEAST_ROUNDS, int(_SECONDS / sum(max(s, 2e-2) for s in seconds.values()))))
     samples = interleaved(calls, rounds, device)
+    found["ours_seconds"] = statistics.median(samples["ours"])
     found["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
     found["peak_bytes"]["ours"] += held()
     if given is not None:
@@ -126,8 +128,10 @@ def saved_bytes(training: Call, given: Iterable[Tensor]) -> int:
 def single_calls(function: Call, device: torch.device) -> list[float]:
     """Seconds of calls one by one, each waited for."""
     times: list[float] = []
-    while len(times) < _LATENCY_CALLS or sum(times) < _LATENCY_SECONDS:
+    total = 0.0
+    while len(times) < _LATENCY_CALLS or total < _LATENCY_SECONDS:
         times.append(_seconds(function, device))
+        total += times[-1]
     return times
 
 

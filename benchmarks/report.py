@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
-from benchmarks.results import RESULTS, Benchmark, by_group, exponent, load, tokens_that_fit
+from benchmarks.race import LIMITS
+from benchmarks.results import RESULTS, Benchmark, by_group, digits, exponent, largest, load, tokens_that_fit
 
 SCHEMES = "fusions as the number of tokens grows"
-FITTED_FROM = 400  # tokens; below, calls themselves cost more than what they do
+# In the order of the report; others follow.
+TITLES = {
+    "cpu": "Whole models on the CPU, each rival in a process of its own",
+    "model": "Whole models in one process, inference and training",
+    SCHEMES: "The paper's fusions as the number of tokens grows",
+    "fusion of both branches": "The fusion of both branches of crossvit_18",
+    "cross_attention": "The operation: cross-attention of one query",
+}
 _PERCENTILES = ("p50", "p90", "p99")
 
 
 def redraw(folder: Path) -> None:
-    """report.md and charts of a folder of results, each written beside and renamed.
+    """report.md and charts of a folder of results: all are written beside, then all are renamed.
 
     Raises:
         ValueError: the folder has no results.
@@ -31,29 +39,23 @@ def redraw(folder: Path) -> None:
     pictures = {
         name: figure for name, draw in charts.CHARTS.items() if (figure := draw(benchmarks)) is not None
     }
-    for name, figure in pictures.items():
-        _write(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=110))
     text = markdown(folder.name, benchmarks, pictures)
-    _write(folder / "report.md", lambda path: path.write_text(text))
-
-
-def _write(target: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".drawing") as name:
+        drawn = Path(name)
+        for picture, figure in pictures.items():
+            figure.savefig(drawn / picture, format="png", dpi=110)
+        (drawn / "report.md").write_text(text)
+        for path in drawn.iterdir():
+            os.replace(path, folder / path.name)
 
 
 def markdown(machine: str, benchmarks: Sequence[Benchmark], pictures: Iterable[str] = ()) -> str:
     """The whole report."""
     parts = [f"# Benchmarks on {machine}", _where(benchmarks), *_slower(benchmarks)]
     groups = by_group(benchmarks)
-    for group, rows in groups.items():
-        parts.append(f"## {group[:1].upper()}{group[1:]}")
+    for group in sorted(groups, key=lambda name: [*TITLES, name].index(name)):
+        rows = groups[group]
+        parts.append(f"## {TITLES.get(group, group[:1].upper() + group[1:])}")
         parts += [f"![{name}]({name})" for name in pictures if charts.GROUP_OF[name] == group]
         if any("rivals" in row.info for row in rows):
             parts += _tables_of_rivals(rows)
@@ -81,13 +83,19 @@ def _where(benchmarks: Sequence[Benchmark]) -> str:
 
 
 def _slower(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
-    races = [(b, rival, row) for b in benchmarks for rival, row in b.races()]
+    races = [
+        (b, rival, row)
+        for b in benchmarks
+        for rival, row in b.races()
+        if b.group != SCHEMES and rival != "all-attention"
+    ]
     slower = [race for race in races if race[2]["high"] < 1]
     faster = sum(row["low"] > 1 for _, _, row in races)
     yield "## Where this package is slower"
     yield (
         f"Of {len(races)} races this package wins {faster}, loses {len(slower)}, and "
-        f"{len(races) - faster - len(slower)} show no difference."
+        f"{len(races) - faster - len(slower)} show no difference. Other fusions make other models: they have "
+        "their own section."
     )
     if slower:
         slower.sort(key=lambda race: race[2]["ratio"])
@@ -102,16 +110,17 @@ def _times(row: dict[str, float]) -> tuple[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return _with_unit(seconds * 1e6, ((1e6, "s"), (1e3, "ms"), (1, "µs")))
 
 
 def _size(size: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} B"
+    return _with_unit(size, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
+
+
+def _with_unit(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """In the largest unit of which there is one, after rounding."""
+    unit, name = next((pair for pair in units if value >= 0.9995 * pair[0]), units[-1])
+    return f"{digits(value / unit)} {name}"
 
 
 def _ratio(row: dict[str, float]) -> str:
@@ -128,13 +137,14 @@ def _rivals(benchmarks: Iterable[Benchmark]) -> list[str]:
     missing = (
         key.removeprefix("not run ") for b in benchmarks for key in b.info if key.startswith("not run ")
     )
-    return [*found, *(name for name in dict.fromkeys(missing) if name not in found and name != "ours")]
+    out = {"ours", *LIMITS}
+    return [*found, *(name for name in dict.fromkeys(missing) if name not in found and name not in out)]
 
 
 def _races(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
     """Times, then memory."""
     rivals = _rivals(benchmarks)
-    if not rivals:
+    if not rivals and not any("not run ours" in b.info for b in benchmarks):
         return
 
     def cells(benchmark: Benchmark) -> Iterator[str]:
@@ -143,8 +153,8 @@ def _races(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
             yield _ratio(row) if row else str(benchmark.info.get(f"not run {rival}", ""))
 
     def ours(benchmark: Benchmark) -> str:
-        times = [row["ours_seconds"] for _, row in benchmark.races()]
-        return _duration(times[0]) if times else str(benchmark.info.get("not run ours", ""))
+        times = [row["ours_seconds"] for _, row in benchmark.races()] + [benchmark.info.get("ours_seconds")]
+        return _duration(times[0]) if times[0] else str(benchmark.info.get("not run ours", ""))
 
     yield _table(("time", "this package", *rivals), ((b.label, ours(b), *cells(b)) for b in benchmarks))
     for key, title in (
@@ -195,7 +205,7 @@ def _latencies(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
     for benchmark in benchmarks:
         for name, values in benchmark.info.get("latency", {}).items():
             images = benchmark.info.get("images")
-            rate = f"{images / values['p50']:.4g}" if images else ""
+            rate = digits(images / values["p50"]) if images else ""
             times = (_duration(values[p]) for p in _PERCENTILES)
             rows.append((benchmark.label, "this package" if name == "ours" else name, *times, rate))
     if rows:
@@ -228,25 +238,21 @@ def _growth(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
     for (what, mode), curves in growth(benchmarks).items():
         rows = []
         for name, points in curves.items():
-            larger = {n: point for n, point in points.items() if n >= FITTED_FROM}
+            larger = largest(points)
             if len(larger) < 2:
                 continue
             last = max(larger)
-            bytes_of = {n: size for n, (_, size) in larger.items()}
-            fits = f"{tokens_that_fit(bytes_of, memory):,.0f}" if memory and bytes_of[last] else ""
-            rows.append(
-                (
-                    name,
-                    f"{exponent({n: s for n, (s, _) in larger.items()}):.2f}",
-                    f"{exponent(bytes_of):.2f}" if min(bytes_of.values()) else "",
-                    f"{_duration(larger[last][0])}, {_size(larger[last][1])}",
-                    fits,
-                )
-            )
+            bytes_of = {n: size for n, (_, size) in larger.items() if size > 0}
+            power = f"{exponent(bytes_of):.2f}" if len(bytes_of) > 1 else ""
+            fits = f"{tokens_that_fit(bytes_of, memory):,.0f}" if memory and power else ""
+            times = f"{exponent({n: s for n, (s, _) in larger.items()}):.2f}"
+            most = f"{last:,}: {_duration(larger[last][0])}, {_size(larger[last][1])}"
+            rows.append((name, times, power, most, fits))
         if rows:
-            yield f"{what}, {mode}; powers of the number of tokens, fitted from {FITTED_FROM} tokens on:"
+            least = min(min(largest(points)) for points in curves.values())
+            yield f"{what}, {mode}; powers of the number of tokens, fitted from {least:,} tokens on:"
             limit = f"tokens that {_size(memory)} hold (extrapolated)" if memory else "tokens that fit"
-            yield _table(("fusion", "time", "peak memory", f"at {last:,} tokens", limit), rows)
+            yield _table(("fusion", "time", "peak memory", "with the most tokens", limit), rows)
 
 
 def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
@@ -266,6 +272,13 @@ def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
                 ("frozen, share of it", *(_share(run, p) for p, run in columns)),
             ],
         )
+        reasons = {
+            name: row["not_run"]
+            for _, run in columns
+            for name, row in run["rivals"].items()
+            if "not_run" in row
+        }
+        yield from (f"{name} was not run: {reason}." for name, reason in reasons.items())
         for key, title, write in (
             ("latency", "latency of single calls, median / 90 % / 99 %, ms", _percentiles),
             ("resident_bytes", "memory of the process beyond that of its libraries", _size),
@@ -283,7 +296,7 @@ def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
 
 
 def _percentiles(latency: Any) -> str:
-    return " / ".join(f"{latency[p] * 1e3:.4g}" for p in _PERCENTILES)
+    return " / ".join(digits(latency[p] * 1e3) for p in _PERCENTILES)
 
 
 def _share(run: dict[str, Any], precision: str) -> str:
@@ -302,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of results (all machines')")
     options = parser.parse_args(arguments)
-    folders = options.folders or sorted(path.parent for path in RESULTS.glob("*/all.json"))
+    # The hardware command's files are its own.
+    folders = options.folders or sorted({p.parent for p in RESULTS.glob("*/*.json")} - {RESULTS / "hardware"})
     try:
         for folder in folders:
             redraw(folder)

@@ -45,7 +45,7 @@ class Benchmark:
         name: its test's name with parameters. group: the question that it answers.
         info: what the test left in extra_info, see `race.run`.
         where: machine, versions, commit and day. memory: bytes of the machine, or 0 where it was not kept.
-        file: the name of the results file.
+        file: the name of the results file. datetime: when the run ended.
     """
 
     name: str
@@ -54,12 +54,13 @@ class Benchmark:
     where: str
     memory: int
     file: str
+    datetime: str = ""
 
     @property
     def label(self) -> str:
         """Its parameters in words."""
         parameters = self.name.partition("[")[2].removesuffix("]") or self.name.removeprefix("test_")
-        return parameters.replace("_", " ")
+        return parameters.replace("_", " ").replace("-", ", ")
 
     def races(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Rivals, and what `race.comparison` says of each; limits and other ways of this package are none."""
@@ -77,17 +78,17 @@ def parse(text: str, file: str) -> list[Benchmark]:
     """
     try:
         results = json.loads(text)
+        datetime = results["datetime"]
         machine, commit = results["machine_info"], results["commit_info"]["id"][:10]
         changed = " with changes" if results["commit_info"].get("dirty") else ""
         versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
-        day = results["datetime"][:10]
-        where = f"{machine['device']}; {versions}; commit {commit}{changed}; {day}"
+        where = f"{machine['device']}; {versions}; commit {commit}{changed}; {datetime[:10]}"
         memory = machine.get("memory_bytes", 0)
         return [
-            Benchmark(row["name"], row["group"] or "", row["extra_info"], where, memory, file)
+            Benchmark(row["name"], row["group"] or "", row["extra_info"], where, memory, file, datetime)
             for row in results["benchmarks"]
         ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no results file of these benchmarks: {error!r}") from None
 
 
@@ -100,10 +101,13 @@ def load(path: Path) -> list[Benchmark]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(f"{path} is neither a results file nor a folder with some: run the benchmarks first")
-    runs = [(parse(file.read_text(), file.name), file) for file in files]
-    runs.sort(key=lambda run: json.loads(run[1].read_text())["datetime"])
-    newest = {benchmark.name: benchmark for run, _ in runs for benchmark in run}
-    return list(newest.values())
+    return _newest(parse(file.read_text(), file.name) for file in files)
+
+
+def _newest(runs: Iterable[list[Benchmark]]) -> list[Benchmark]:
+    """One of each name."""
+    every = sorted((b for run in runs for b in run), key=lambda b: b.datetime)
+    return list({b.name: b for b in every}.values())
 
 
 def load_revision(revision: str, machine: str) -> list[Benchmark]:
@@ -116,13 +120,10 @@ def load_revision(revision: str, machine: str) -> list[Benchmark]:
     listed = _git("ls-tree", "--name-only", f"{revision}:{folder}")
     if listed is None:
         raise ValueError(f"{revision!r} is neither a file nor a folder nor a commit that has {folder}")
-    texts = [
-        (text, name)
-        for name in listed.splitlines()
-        if name.endswith(".json") and (text := _git("show", f"{revision}:{folder}/{name}")) is not None
-    ]
-    texts.sort(key=lambda pair: json.loads(pair[0])["datetime"])
-    return list({b.name: b for text, name in texts for b in parse(text, name)}.values())
+    names = [name for name in listed.splitlines() if name.endswith(".json")]
+    if not names:
+        raise ValueError(f"{folder} of {revision} has no results")
+    return _newest(parse(_git("show", f"{revision}:{folder}/{name}") or "", name) for name in names)
 
 
 def _git(*arguments: str) -> str | None:
@@ -143,10 +144,23 @@ def exponent(points: Mapping[float, float]) -> float:
     return sum((x - mean) * y for x, y in zip(xs, ys, strict=True)) / sum((x - mean) ** 2 for x in xs)
 
 
+def largest(points: Mapping[int, Any]) -> dict[int, Any]:
+    """Those from a fifth of the largest number of tokens on, where fixed costs count least."""
+    return {n: value for n, value in points.items() if 5 * n >= max(points)}
+
+
 def tokens_that_fit(points: Mapping[float, float], memory: float) -> float:
-    """Where a power law through the last two points (tokens, bytes) meets the memory: extrapolated."""
+    """Where a power law through the last two points (tokens, bytes) meets the memory: extrapolated.
+
+    The power is at least 1: tokens themselves take memory, whatever else has not grown yet.
+    """
     (x0, y0), (x1, y1) = sorted(points.items())[-2:]
-    return x1 * (memory / y1) ** (1 / exponent({x0: y0, x1: y1}))
+    return x1 * (memory / y1) ** (1 / max(1.0, exponent({x0: y0, x1: y1})))
+
+
+def digits(value: float) -> str:
+    """Three of them, and no powers of ten."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def by_group(benchmarks: Iterable[Benchmark]) -> dict[str, list[Benchmark]]:

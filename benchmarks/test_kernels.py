@@ -134,8 +134,8 @@ KERNELS: dict[str, Make] = {
     "L, LayerNorm and qkv": linear_layer(197, 448, 1344, norm=True),
     "L, LayerNorm, fc1 and GELU": linear_layer(197, 448, 1344, norm=True, activation="gelu"),
     "L, fc2 and residual": linear_layer(197, 1344, 448, residual=True),
-    "S, self-attention": attention(401, 224, 7),
-    "L, self-attention": attention(197, 448, 7),
+    "S, attention": attention(401, 224, 7),
+    "L, attention": attention(197, 448, 7),
     "S, patches": patches(12, 240, 224),
     "L, resized image and patches": patches(16, 224, 448),
 }
