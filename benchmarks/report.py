@@ -268,16 +268,12 @@ def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
             ("", *names),
             [
                 *((rival, *(_cell(run, f"{rival} {p}") for p, run in columns)) for rival in rivals),
-                ("peak, GFLOP/s", *(f"{run['peak_gflops'].get(p, 0):.0f}" for p, run in columns)),
+                ("peak, GFLOP/s", *(_peak(run, p) for p, run in columns)),
                 ("frozen, share of it", *(_share(run, p) for p, run in columns)),
             ],
         )
-        reasons = {
-            name: row["not_run"]
-            for _, run in columns
-            for name, row in run["rivals"].items()
-            if "not_run" in row
-        }
+        rows = [pair for _, run in columns for pair in run["rivals"].items()]
+        reasons = {name: row["not_run"] for name, row in rows if "not_run" in row}
         yield from (f"{name} was not run: {reason}." for name, reason in reasons.items())
         for key, title, write in (
             ("latency", "latency of single calls, median / 90 % / 99 %, ms", _percentiles),
@@ -300,7 +296,13 @@ def _percentiles(latency: Any) -> str:
 
 
 def _share(run: dict[str, Any], precision: str) -> str:
-    return f"{run['rivals'][f'frozen {precision}']['share_of_peak'] or 0:.0%}"
+    share = run["rivals"].get(f"frozen {precision}", {}).get("share_of_peak")
+    return "" if share is None else f"{share:.0%}"
+
+
+def _peak(run: dict[str, Any], precision: str) -> str:
+    peak = run["peak_gflops"].get(precision)
+    return "" if peak is None else f"{peak:.0f}"
 
 
 def _cell(run: dict[str, Any], rival: str) -> str:
