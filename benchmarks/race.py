@@ -21,7 +21,7 @@ LIMITS = ("bytes once",)
 OWN = ("not frozen fp32", "not frozen bf16")
 ROUNDS, LEAST_ROUNDS = 15, 3
 _SECONDS = 8.0  # for all rounds of a race; large sizes get fewer
-_LATENCY_SECONDS, _LATENCY_CALLS = 1.0, 20
+_LATENCY_SECONDS, _LATENCY_CALLS = 1.0, 10
 BEYOND_MEMORY = "more than this machine's memory"
 
 

@@ -31,10 +31,15 @@ SAMPLE_SECONDS = 0.15
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before any rival was started
 # Largest error of logits over the largest logit, against this package's model in float64.
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-1}
-CASES = [("crossvit_18_240", 1), ("crossvit_18_240", 8)]
-CASES += [large("crossvit_18_240", 32)]
+ONE, ALL = "one thread", "all threads"
+CASES = [("crossvit_18_240", 1, ONE), ("crossvit_18_240", 1, ALL), ("crossvit_18_240", 8, ALL)]
+CASES += [large("crossvit_18_240", 8, ONE)]
+CASES += [large("crossvit_18_240", 32, threads) for threads in (ONE, ALL)]
 CASES += [
-    large(n, b) for n in ("crossvit_9_240", "crossvit_15_240", "crossvit_18_dagger_240") for b in (1, 8)
+    large(name, batch, threads)
+    for name in ("crossvit_9_240", "crossvit_15_240", "crossvit_18_dagger_240")
+    for batch in (1, 8)
+    for threads in (ONE, ALL)
 ]
 
 
@@ -114,14 +119,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("threads", ["one thread", "all threads"])
-@pytest.mark.parametrize(("name", "batch"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "batch", "threads"), CASES, ids=lambda value: str(value))
 @pytest.mark.benchmark(group="cpu")
 def test_cpu(name, batch, threads, rivals, data, benchmark, tmp_path, request):
-    if threads == "one thread" and not request.config.getoption("--full"):
+    if threads == ONE and not request.config.getoption("--full"):
         # It compiles for half a minute each time; the default run has it on all threads.
         rivals = [rival for rival in rivals if not rival.name.startswith("torch.compile")]
-    count = 1 if threads == "one thread" else THREADS_OF_MACHINE
+    count = 1 if threads == ONE else THREADS_OF_MACHINE
     path, exact = data(name)
     logits = {rival.name: tmp_path / f"{i}.npy" for i, rival in enumerate(rivals)}
     for rival in rivals:
