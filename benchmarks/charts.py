@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.results import Benchmark, by_group, digits, exponent, largest
+from benchmarks.results import Benchmark, by_group, digits, exponent, growth, largest
 
 OURS, OTHERS = "#0b6e4f", ("#8d99ae", "#d17a22", "#6a4c93", "#1982c4", "#b5838d", "#4d4d4d", "#c9a227")
 
@@ -23,8 +23,6 @@ def _plain(axis: Any) -> None:
 def growth_chart(benchmarks: Sequence[Benchmark]) -> Any:
     """Time and memory of one fusion over the number of tokens."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    from benchmarks.report import growth
 
     found = growth(benchmarks)
     modes = [mode for what, mode in found if what == "fusion"]
@@ -94,6 +92,7 @@ def _ratios(rows: Sequence[Benchmark], title: str) -> Any:
 def models_chart(benchmarks: Sequence[Benchmark]) -> Any:
     """Images a second of whole models, each rival in a process of its own."""
     runs = [b.info for b in by_group(benchmarks).get("cpu", []) if b.info.get("model") == "crossvit_18_240"]
+    runs = [run for run in runs if run["batch"] <= 8]  # larger ones show nothing else
     if not runs:
         return None
     panels = [

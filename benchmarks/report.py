@@ -15,7 +15,17 @@ from typing import Any
 
 from benchmarks import charts
 from benchmarks.race import LIMITS
-from benchmarks.results import RESULTS, Benchmark, by_group, digits, exponent, largest, load, tokens_that_fit
+from benchmarks.results import (
+    RESULTS,
+    Benchmark,
+    by_group,
+    digits,
+    exponent,
+    growth,
+    largest,
+    load,
+    tokens_that_fit,
+)
 
 SCHEMES = "fusions as the number of tokens grows"
 # In the order of the report; others follow.
@@ -77,8 +87,8 @@ def _where(benchmarks: Sequence[Benchmark]) -> str:
             *lines,
             "",
             "Ratios are the rival's time over this package's, medians of rounds taken in turn, with 95 %",
-            "intervals (of fewer than six rounds, their range): above 1 this package is faster. An interval that",
-            "holds 1 is no difference. Of fewer than 100 calls, the latency at 99 % is that of the slowest.",
+            "intervals (of fewer than six rounds, their range): above 1 this package is faster. An interval",
+            "that holds 1 is no difference. Of fewer than 100 calls, the latency at 99 % is the slowest's.",
         ]
     )
 
@@ -220,19 +230,6 @@ def _measured(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
         yield _table(("alone", "time"), rows)
 
 
-def growth(benchmarks: Iterable[Benchmark]) -> dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]]:
-    """(what, mode) -> fusion -> tokens -> (seconds, bytes)."""
-    found: dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]] = {}
-    for benchmark in benchmarks:
-        info = benchmark.info
-        for name, seconds in info["seconds"].items() if "tokens" in info and "seconds" in info else ():
-            curves = found.setdefault((info["what"], info["mode"]), {})
-            curves.setdefault(name, {})[info["tokens"]] = seconds, info["bytes"][name]
-    return {
-        key: {name: dict(sorted(c.items())) for name, c in curves.items()} for key, curves in found.items()
-    }
-
-
 def _growth(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
     """Exponents, and where each fusion would fill the memory."""
     memory = benchmarks[0].memory
@@ -278,6 +275,7 @@ def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
         for key, title, write in (
             ("latency", "latency of single calls, median / 90 % / 99 %, ms", _percentiles),
             ("resident_bytes", "memory of the process beyond that of its libraries", _size),
+            ("joules", "energy of an image, the whole CPU's", _joules),
         ):
             kept = [
                 [run["rivals"].get(f"{rival} {p}", {}).get(key) for p, run in columns] for rival in rivals

@@ -131,6 +131,19 @@ def _git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def growth(benchmarks: Iterable[Benchmark]) -> dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]]:
+    """(what, mode) -> fusion -> tokens -> (seconds, bytes)."""
+    found: dict[tuple[str, str], dict[str, dict[int, tuple[float, int]]]] = {}
+    for benchmark in benchmarks:
+        info = benchmark.info
+        for name, seconds in info["seconds"].items() if "tokens" in info and "seconds" in info else ():
+            curves = found.setdefault((info["what"], info["mode"]), {})
+            curves.setdefault(name, {})[info["tokens"]] = seconds, info["bytes"][name]
+    return {
+        key: {name: dict(sorted(c.items())) for name, c in curves.items()} for key, curves in found.items()
+    }
+
+
 def exponent(points: Mapping[float, float]) -> float:
     """p of y = c x^p: the slope of a line through the logarithms, by least squares.
 

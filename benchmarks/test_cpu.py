@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.conftest import THREADS_OF_MACHINE, large, print_line, progress
 from benchmarks.cpu_rival import PEAK_SIZE, RIVALS
+from benchmarks.energy import counter
 from benchmarks.race import comparison, percentiles
 from crossvit import create_model, find_variant
 from crossvit_kernels import native
@@ -149,11 +150,14 @@ def test_cpu(name, batch, threads, rivals, data, benchmark, tmp_path, request):
 
     samples: dict[str, list[float]] = {rival.name: [] for rival in running}
     calls: dict[str, list[float]] = {rival.name: [] for rival in running}
+    read, energy = counter(torch.device("cpu")), dict.fromkeys(samples, 0.0)
     for index in range(ROUNDS):
         for done, rival in enumerate(running if index % 2 == 0 else running[::-1]):
             step = index * len(running) + done
             progress(f"{name}, batch {batch}, {threads}: {rival.name}", step, ROUNDS * len(running))
+            before = read() if read else 0.0
             calls[rival.name] += (found := rival.calls())
+            energy[rival.name] += read() - before if read else 0.0
             samples[rival.name].append(statistics.mean(found))
     progress("", 1, 1)
 
@@ -190,6 +194,7 @@ def test_cpu(name, batch, threads, rivals, data, benchmark, tmp_path, request):
             "share_of_peak": rate / peak[rival.precision] if rival.precision in peak else None,
             "error": errors[rival.name],
             "latency": percentiles(calls[rival.name]),
+            "joules": energy[rival.name] / (batch * len(calls[rival.name])) if read else None,
             "resident_bytes": rival.resident_bytes,
         }
         benchmark.extra_info["rivals"][rival.name] = row

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crossvit.encoder import FUSIONS
 from crossvit.other_fusions import ClassTokenFusion, PairwiseFusion
 from tests.models import exact, image, small, small_model
 from tests.operations import relative_error
@@ -80,7 +81,7 @@ def test_patches_that_make_no_square_need_their_grids():
         fusion(PairwiseFusion)([torch.randn(1, 16, 6).double(), torch.randn(1, 10, 10).double()])
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", FUSIONS)
 def test_gradients_and_training(kind):
     model = small_model(fusion=kind, depth=((1, 1, 0),) * 2).double()
     x = torch.randn(2, 3, 48, 48).double().requires_grad_()

@@ -35,6 +35,23 @@ def test_parameters_and_flops(row):
     assert round(row.gmacs, digits) == row.published[1]
 
 
+def test_table_1():
+    """The paper's architectures: widths and heads of S and L, blocks of L, ratio of the MLPs, stem."""
+    table = {
+        "tiny": (96, 192, 3, 4, 4),
+        "small": (192, 384, 6, 4, 4),
+        "base": (384, 768, 12, 4, 4),
+        "9": (128, 256, 4, 3, 3),
+        "15": (192, 384, 6, 5, 3),
+        "18": (224, 448, 7, 6, 3),
+    }
+    for name, (small, large, heads, blocks, ratio) in table.items():
+        for row in (row for row in VARIANTS.values() if row.name.split("_")[1] == name):
+            assert (row.widths, row.heads, row.depth) == ((small, large), heads, (1, blocks))
+            assert (row.mlp_ratio, row.patch_sizes, row.encoders) == (ratio, (12, 16), 3)
+            assert row.three_conv_stem == ("dagger" in row.name)
+
+
 def test_all_attention_costs_what_table_6_says():
     """CrossViT-S with Eq. 2: 7.6 GFLOPs. The 27.7 M parameters beside them are not reproducible."""
     model = create_model("crossvit_small", fusion="all", device="meta")
