@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from crossvit_kernels import self_attention
+from crossvit_kernels.backends import selected
 from crossvit_kernels.linear.packed import PackedCache
+from crossvit_kernels.self_attention import IMPLEMENTATIONS
 
 from . import native_block
 
@@ -216,6 +219,12 @@ class Block(nn.Module):
 def projection(dim_in: int, dim_out: int, norm_layer: NormLayer, **factory: Any) -> nn.Sequential:
     """f and g of Eq. 2-7 as the released models have them: LayerNorm, GELU, Linear."""
     return nn.Sequential(norm_layer(dim_in, **factory), nn.GELU(), nn.Linear(dim_in, dim_out, **factory))
+
+
+def attend(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """`crossvit_kernels.self_attention`; PyTorch's operators where the selected backend has none."""
+    backend = "auto" if selected() in ("auto", *IMPLEMENTATIONS) else "torch"
+    return self_attention(qkv, num_heads, scale=scale, backend=backend)
 
 
 def with_mean(patches: Tensor) -> Tensor:

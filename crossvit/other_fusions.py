@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossvit_kernels import self_attention
-
-from .layers import Attention, DropPath, NormLayer, is_plain, projection
+from .layers import Attention, DropPath, NormLayer, attend, is_plain, projection
 
 Grids = Sequence[tuple[int, int]]  # (rows, columns) of patches of S and of L
 
@@ -62,7 +60,7 @@ class AllAttentionFusion(nn.Module):
         drops = attn.attn_drop.training and attn.attn_drop.p > 0
         if drops or not (is_plain(attn, Attention) and is_plain(attn.attn_drop, nn.Dropout)):
             return attn(x)
-        heads = self_attention(attn.qkv(x), attn.num_heads, scale=attn.scale)
+        heads = attend(attn.qkv(x), attn.num_heads, attn.scale)
         return attn.proj_drop(attn.proj(heads))
 
 

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossvit_kernels import self_attention
-
-from .layers import Mlp, NormLayer
+from .layers import Mlp, NormLayer, attend
 
 _CHANNELS = 64  # of the tokens between two splits, as in T2T-ViT
 
@@ -47,7 +45,7 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x))
-        x = qkv[..., 2 * _CHANNELS :] + self.proj(self_attention(qkv, num_heads=1))
+        x = qkv[..., 2 * _CHANNELS :] + self.proj(attend(qkv, num_heads=1))
         return x + self.mlp(self.norm2(x))
 
 

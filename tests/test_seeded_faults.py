@@ -17,7 +17,7 @@ from tests.cuda_faults import CUDA_FAULTS
 from tests.native_builds import build, copy_project, run_tests
 from tests.program_faults import PROGRAM_FAULTS
 from tests.seeded_faults import FAULTS, Fault
-from tests.triton_faults import TRITON_FAULTS
+from tests.triton_faults import ATTENTION_FAULTS, TRITON_FAULTS
 
 SAMPLE = 3
 GPU_SAMPLE = 2
@@ -33,6 +33,7 @@ PROGRAMS = [
 TELLING = "(every_kernel or everything or more_than_one or 16_bits or nearly or tf32)"
 GPU_TESTS = {
     "triton": ["tests/test_gpu_kernels.py", "-k", f"triton and {TELLING}"],
+    "self_attention": ["tests/test_triton_attention.py", "-m", "not interpreted"],
     "cuda": ["tests/test_cuda.py", "tests/test_gpu_kernels.py", "-k", f"cuda and {TELLING} or not_finite"],
 }
 
@@ -83,7 +84,8 @@ def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
 
 def fault_is_noticed(fault: Fault, root: Path) -> bool:
     copy_project(root, fault)
-    done = run_tests(root, GPU_TESTS["cuda" if fault in CUDA_FAULTS else "triton"])
+    tests = "cuda" if fault in CUDA_FAULTS else "triton" if fault in TRITON_FAULTS else "self_attention"
+    done = run_tests(root, GPU_TESTS[tests])
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 1
 
@@ -99,7 +101,15 @@ def test_a_fault_of_the_gpu_kernels_is_caught(faults, index, tmp_path):
     assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
 
 
+@pytest.mark.interpreted
+def test_a_fault_of_self_attention_is_caught(tmp_path):
+    fault = random.Random(SEED).choice(ATTENTION_FAULTS)
+    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("fault", [*TRITON_FAULTS, *CUDA_FAULTS], ids=lambda fault: fault.what)
+@pytest.mark.parametrize(
+    "fault", [*TRITON_FAULTS, *CUDA_FAULTS, *ATTENTION_FAULTS], ids=lambda fault: fault.what
+)
 def test_every_fault_of_the_gpu_kernels_is_caught(fault, tmp_path):
     assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what}"

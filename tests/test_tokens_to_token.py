@@ -10,6 +10,7 @@ from torch import Tensor
 from crossvit import create_model
 from crossvit.paper import count
 from crossvit.tokens_to_token import SOFT_SPLITS, SoftSplit, TokensToToken
+from crossvit_kernels import use_backend
 from tests.models import exact, image, small, small_model
 from tests.operations import relative_error
 
@@ -178,6 +179,14 @@ def test_what_a_change_of_the_flag_does_is_noticed():
             encoder.class_token = False
         assert relative_error(model(x), exact(model, x)) < 1e-5
         assert relative_error(before, exact(model, x)) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{"t2t": True}, {"fusion": "all"}])
+def test_a_backend_that_has_no_self_attention_leaves_it_to_pytorch(options):
+    model = small(backend="reference", **options)
+    x = image(model)
+    with torch.no_grad(), use_backend("cuda"):
+        assert relative_error(model(x), exact(model, x)) < 1e-5
 
 
 def test_wrong_arguments():

@@ -216,3 +216,94 @@ TRITON_FAULTS = tuple(
         ),
     )
 )
+
+
+_SELF_ATTENTION = "crossvit_kernels/self_attention/triton_kernels.py"
+_SELF_ATTENTION_LAUNCH = "crossvit_kernels/self_attention/triton_launch.py"
+
+# Each of these some test of `test_triton_attention.py` has to catch.
+ATTENTION_FAULTS = tuple(
+    Fault(what, file, old, new)
+    for what, file, old, new in (
+        (
+            "the sum of the softmax is not rescaled when the largest score grows",
+            _SELF_ATTENTION,
+            "total = total * shrink + tl.sum(p, 1)",
+            "total = total + tl.sum(p, 1)",
+        ),
+        (
+            "the result is not rescaled when the largest score grows",
+            _SELF_ATTENTION,
+            "y * shrink[:, None]",
+            "y",
+        ),
+        (
+            "keys behind the last count as zeros",
+            _SELF_ATTENTION,
+            'scores = tl.where((n < tokens)[None, :], scores, float("-inf"))',
+            "scores = scores + 0.0",
+        ),
+        (
+            "keys behind the last have a probability backward",
+            _SELF_ATTENTION,
+            "p = tl.where((n < tokens)[None, :], p, 0.0)",
+            "p = p + 0.0",
+        ),
+        (
+            "the log-sum-exp lacks the logarithm of the sum",
+            _SELF_ATTENTION,
+            "largest * scale + tl.log2(total)",
+            "largest * scale",
+        ),
+        (
+            "the softmax's gradient lacks D for the queries",
+            _SELF_ATTENTION,
+            "(p * (dp - product[:, None]))",
+            "(p * dp)",
+        ),
+        (
+            "the softmax's gradient lacks D for the keys",
+            _SELF_ATTENTION,
+            "(p * (dp - product[None, :]))",
+            "(p * dp)",
+        ),
+        ("the queries' gradient lacks the scale", _SELF_ATTENTION, "dq * factor", "dq"),
+        ("the keys' gradient lacks the scale", _SELF_ATTENTION, "dk * factor", "dk"),
+        (
+            "the values' gradient is weighed by the gradient of the scores",
+            _SELF_ATTENTION,
+            "dv = tl.dot(p.to(DTYPE), grad, dv",
+            "dv = tl.dot((p * dp).to(DTYPE), grad, dv",
+        ),
+        (
+            "channels of the next head fill the tile",
+            _SELF_ATTENTION,
+            "mask=there, other=0.0",
+            "mask=(n < tokens)[:, None] & (d < D_TILE)[None, :], other=0.0",
+        ),
+        (
+            "every head is the first",
+            _SELF_ATTENTION,
+            "head_of_batch % heads, tl.program_id(0)",
+            "head_of_batch % 1, tl.program_id(0)",
+        ),
+        (
+            "the log-sum-exp of an image is that of the one before",
+            _SELF_ATTENTION,
+            "lse + (image * heads + head) * tokens + n",
+            "lse + (image // 2 * heads + head) * tokens + n",
+        ),
+        (
+            "the last tile is half as long as it has to be",
+            _SELF_ATTENTION_LAUNCH,
+            "triton.next_power_of_2(max(16, rest))",
+            "max(16, triton.next_power_of_2(rest) // 2)",
+        ),
+        (
+            "strides of the channels are taken for one",
+            _SELF_ATTENTION,
+            "+ d[None, :] * stride_channel, mask",
+            "+ d[None, :], mask",
+        ),
+    )
+)

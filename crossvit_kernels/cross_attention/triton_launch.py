@@ -233,7 +233,7 @@ class _Launcher:
         )
 
 
-def _architecture() -> str:
+def architecture_of_device() -> str:
     """Of the current device, as triton_table.py names it."""
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
@@ -271,7 +271,7 @@ def forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, drop
 
 def _forward(directions: list[tuple[Direction, ForwardOutputs]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    architecture = _architecture()
+    architecture = architecture_of_device()
     config = configuration(tasks, False, architecture)
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device
@@ -323,7 +323,7 @@ def backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_
 
 def _backward(directions: list[tuple[Direction, Gradients]], eps: float, dropout_p: float) -> None:
     tasks = [task for task, _ in directions]
-    architecture = _architecture()
+    architecture = architecture_of_device()
     config = configuration(tasks, True, architecture)
     batch, fuses = tasks[0].patches.shape[0], tasks[0].fuses
     device = tasks[0].patches.device

@@ -17,7 +17,7 @@ from ..backends import Call, choose
 from ..cross_attention.checks import check_heads, check_probability, got, matrix_dtype
 from ..library import any_requires_grad
 from ..modes import autocast_enabled, forward_mode, plain_operators_only, without_autocast
-from . import op, reference
+from . import gpu_op, op, reference
 
 __all__ = ["self_attention"]
 
@@ -25,10 +25,12 @@ __all__ = ["self_attention"]
 IMPLEMENTATIONS: dict[str, Callable] = {
     "cpu": op.self_attention,
     "torch": reference.fused,
+    "triton": gpu_op.self_attention,  # by name, until a GPU has shown where it is ahead of PyTorch's
     "reference": reference.output,
 }
 # PyTorch's fused operator has a backward of its own; that of `cpu` computes the definition once more.
-WITH_GRADIENTS = {name: IMPLEMENTATIONS[name] for name in ("torch", "cpu", "reference")}
+WITH_GRADIENTS = {name: IMPLEMENTATIONS[name] for name in ("torch", "cpu", "triton", "reference")}
+_WIDEST_HEAD = 128  # whose rows Triton's kernels still keep in registers
 
 
 @overload
@@ -81,12 +83,14 @@ def self_attention(
     Returns:
         y [B, N, C] in the dtype of qkv, or (y, attention).
 
-    The backend `cpu` takes positive scales; it has neither dropout nor the attention to return, and `torch`
-    (F.scaled_dot_product_attention) has neither of these two: "auto" then takes `reference`.
+    The backends `cpu` and `triton` take positive scales; they have neither dropout nor the attention to
+    return, and `torch` (F.scaled_dot_product_attention) has neither of these two: "auto" then takes
+    `reference`. `triton` takes heads of 16, 32, … 128 channels, on GPUs, and is taken by name only.
 
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
     in PyTorch's operators, from qkv, which is all that is saved: "auto" takes `torch` where a gradient is
-    wanted.
+    wanted. `triton` has kernels for the gradient, and saves y and a number for each query beside qkv; results
+    are the same bits in every run.
 
     Dtypes: any floating-point one. Under autocast products are in autocast's dtype and y keeps that of qkv.
     Sums are float32 at least.
@@ -110,10 +114,14 @@ def self_attention(
     if scale is None:
         scale = (channels // num_heads) ** -0.5
     elif scale <= 0:
-        against.append(("cpu", f"it takes positive scales, got {scale}"))
+        against += [(name, f"it takes positive scales, got {scale}") for name in ("cpu", "triton")]
+    head_channels = channels // num_heads
+    if head_channels % 16 or head_channels > _WIDEST_HEAD:
+        takes = f"it takes heads of 16, 32, … {_WIDEST_HEAD} channels, got {head_channels}"
+        against.append(("triton", takes))
     if forward_mode():
         against.append(("torch", "F.scaled_dot_product_attention has no forward-mode derivative"))
-    for name in ("cpu", "torch"):
+    for name in ("cpu", "torch", "triton"):
         if dropout_p > 0:
             against.append((name, f"it has no dropout, got dropout_p = {dropout_p}"))
         if return_attention:
