@@ -64,12 +64,13 @@ def operation_chart(benchmarks: Sequence[Benchmark]) -> Any:
 def _ratios(rows: Sequence[Benchmark], title: str) -> Any:
     from matplotlib.ticker import NullFormatter
 
-    rivals = list(dict.fromkeys(rival for b in rows for rival, _ in b.races()))
+    rivals = list(dict.fromkeys(rival for b in rows for rival, _ in b.races(own=True)))
     figure = _figure(10, 0.75 + 0.16 * len(rows) * (len(rivals) + 1))
     axis = figure.subplots()
     height = 0.85 / len(rivals)
     for i, rival in enumerate(rivals):
-        found = [(at, dict(b.races())[rival]) for at, b in enumerate(rows) if rival in dict(b.races())]
+        races = [(at, dict(b.races(own=True))) for at, b in enumerate(rows)]
+        found = [(at, of[rival]) for at, of in races if rival in of]
         ys = [at + i * height for at, _ in found]
         ratios = [row["ratio"] for _, row in found]
         axis.barh(ys, ratios, height=0.9 * height, color=OTHERS[i % len(OTHERS)], label=rival)

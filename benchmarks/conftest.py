@@ -1,8 +1,8 @@
 """What the benchmarks share: options, the race of rivals, and where results go.
 
 `pytest benchmarks --benchmark-only` runs on the GPU where there is one, else on the CPU; `--full` adds the
-large sizes. Each run leaves benchmarks/results/<machine>/: all.json (a run of some of them, -k, a file of its
-own), report.md and charts; with --benchmark-json, that file alone.
+large sizes. Each run that ends leaves benchmarks/results/<machine>/: all.json, or where some were selected a
+file named after that, report.md and charts; with --benchmark-json, that file alone.
 """
 
 from __future__ import annotations
@@ -37,11 +37,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "benchmark_json", None) is None and not config.option.collectonly:
         folder = RESULTS / machine_name()
         folder.mkdir(parents=True, exist_ok=True)
-        # A run of some of them (-k) leaves the results of all alone.
-        some = re.sub(r"[^a-z0-9]+", "-", config.option.keyword.lower()).strip("-")
-        config._crossvit_results = folder / f"{some or 'all'}.json"
-        # Written beside and renamed at the end: an interrupted run leaves the earlier results.
+        config._crossvit_results = folder / f"{_selected(config)}.json"
         config.option.benchmark_json = str(config._crossvit_results.with_suffix(".json.part"))
+
+
+def _selected(config: pytest.Config) -> str:
+    """A name for what is run, so that a run of some benchmarks leaves the results of all alone."""
+    here = Path(__file__).parent
+    places = [a for a in config.args if Path(a.partition("::")[0]).resolve() not in (here, here.parent)]
+    options = config.option
+    parts = [*("full" for _ in range(options.full)), options.keyword, options.markexpr, *map(_last, places)]
+    if getattr(options, "lf", False):
+        parts.append("last failed")
+    return "-".join(filter(None, (re.sub(r"[^a-z0-9]+", "-", p.lower()).strip("-") for p in parts))) or "all"
+
+
+def _last(place: str) -> str:
+    return place.replace(".py", "").rpartition("/")[2]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config._crossvit_interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -49,7 +65,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if target is None:
         return
     part = target.with_suffix(".json.part")
-    if part.exists() and part.stat().st_size > 0:
+    if part.exists() and part.stat().st_size > 0 and not getattr(config, "_crossvit_interrupted", True):
         os.replace(part, target)
         redraw(target.parent)
     part.unlink(missing_ok=True)
@@ -115,7 +131,7 @@ class Race(Protocol):
         rivals: Mapping[str, Callable[[], object]],
         given: Iterable[Tensor] | None = None,
         latency: bool = False,
-        held: Callable[[], int] = lambda: 0,
+        held: Callable[[str], int] = lambda name: 0,
     ) -> None: ...
 
 
@@ -131,7 +147,7 @@ def race(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -
         rivals: Mapping[str, Callable[[], object]],
         given: Iterable[Tensor] | None = None,
         latency: bool = False,
-        held: Callable[[], int] = lambda: 0,
+        held: Callable[[str], int] = lambda name: 0,
     ) -> None:
         try:
             found = races.run(ours, rivals, device, given, latency, held)

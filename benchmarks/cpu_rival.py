@@ -136,6 +136,11 @@ class OpenVino:
         arrays = [x.numpy() for x in inputs]
         return lambda: request.infer(arrays)[0]
 
+    def forget(self) -> None:
+        """PyTorch's model is not a part of this rival; the helped one's image has been resized by now."""
+        if not self.helped:
+            self.ours = None
+
 
 class OnnxRuntime:
     def __init__(self) -> None:
@@ -251,9 +256,12 @@ def _work(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
                         rival.load(request["model"], data["state"])
                     loaded = request["model"]
                 run = rival.ready(data["images"][: request["batch"]].contiguous(), request["threads"])
+                del data
                 result = run()
                 if not isinstance(rival, Peak):
                     np.save(request["logits"], _as_array(result))
+                if hasattr(rival, "forget"):
+                    rival.forget()
                 gc.collect()
                 _forget_peak()
                 run()

@@ -18,7 +18,10 @@ Call = Callable[[], object]
 
 # In the place of a rival: what no kernel can undercut, and this package in another way.
 LIMITS = ("bytes once",)
-OWN = ("not frozen fp32", "not frozen bf16")
+OWN = (
+    *("not frozen fp32", "not frozen bf16", "eager fusion"),
+    *("backend torch", "backend triton", "backend cuda"),
+)
 ROUNDS, LEAST_ROUNDS = 15, 6  # of which 6 are the fewest that give a 95 % interval
 _SECONDS = 8.0  # for all rounds of a race; large sizes get fewer
 _LATENCY_SECONDS, _LATENCY_CALLS = 1.0, 10
@@ -31,14 +34,14 @@ def run(
     device: torch.device,
     given: Iterable[Tensor] | None = None,
     latency: bool = False,
-    held: Callable[[], int] = lambda: 0,
+    held: Callable[[str], int] = lambda name: 0,
 ) -> dict[str, Any]:
     """Times all in turn, and takes their peak memory, and energy where the machine reports it.
 
     Args:
         given: inputs and parameters of a training step; what else autograd keeps for backward is counted.
         latency: percentiles of single calls as well.
-        held: bytes that our own function keeps from call to call; they count as memory of a call.
+        held: bytes that the function of a name keeps from call to call; they count as memory of a call.
 
     Returns:
         "ours_seconds"; "peak_bytes", "saved_bytes", "joules", "latency" by name, where "ours" is the first;
@@ -66,8 +69,7 @@ def run(
     rounds = min(ROUNDS, max(LEAST_ROUNDS, int(_SECONDS / sum(max(s, 2e-2) for s in seconds.values()))))
     samples = interleaved(calls, rounds, device)
     found["ours_seconds"] = statistics.median(samples["ours"])
-    found["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
-    found["peak_bytes"]["ours"] += held()
+    found["peak_bytes"] = {name: peak_bytes(call, device) + held(name) for name, call in calls.items()}
     if given is not None:
         given = list(given)
         found["saved_bytes"] = {
@@ -77,7 +79,7 @@ def run(
     if energy["ours"] is not None:
         found["joules"] = energy
     if latency:
-        found["latency"] = {name: percentiles(single_calls(call, device)) for name, call in calls.items()}
+        found["latency"] = {name: percentiles(t) for name, t in single_calls(calls, device).items()}
     if device.type == "cuda" and given is None:
         found["graphs"] = _graphs(calls, rounds)
     for name in calls:
@@ -133,13 +135,15 @@ def saved_bytes(training: Call, given: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def single_calls(function: Call, device: torch.device) -> list[float]:
-    """Seconds of calls one by one, each waited for."""
-    times: list[float] = []
-    total = 0.0
-    while len(times) < _LATENCY_CALLS or total < _LATENCY_SECONDS:
-        times.append(_seconds(function, device))
-        total += times[-1]
+def single_calls(calls: Mapping[str, Call], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of calls one by one, each waited for, the functions in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    total, rounds = 0.0, 0
+    while rounds < _LATENCY_CALLS or total < _LATENCY_SECONDS * len(calls):
+        for name, function in calls.items():
+            times[name].append(_seconds(function, device))
+            total += times[name][-1]
+        rounds += 1
     return times
 
 

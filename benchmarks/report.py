@@ -144,7 +144,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _rivals(benchmarks: Iterable[Benchmark]) -> list[str]:
-    found = dict.fromkeys(rival for b in benchmarks for rival, _ in b.races())
+    found = dict.fromkeys(rival for b in benchmarks for rival, _ in b.races(own=True))
     missing = (
         key.removeprefix("not run ") for b in benchmarks for key in b.info if key.startswith("not run ")
     )
@@ -164,7 +164,8 @@ def _races(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
             yield _ratio(row) if row else str(benchmark.info.get(f"not run {rival}", ""))
 
     def ours(benchmark: Benchmark) -> str:
-        times = [row["ours_seconds"] for _, row in benchmark.races()] + [benchmark.info.get("ours_seconds")]
+        times = [row["ours_seconds"] for _, row in benchmark.races(own=True)]
+        times.append(benchmark.info.get("ours_seconds"))
         return _duration(times[0]) if times[0] else str(benchmark.info.get("not run ours", ""))
 
     yield _table(("time", "this package", *rivals), ((b.label, ours(b), *cells(b)) for b in benchmarks))
@@ -172,10 +173,11 @@ def _races(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
         ("peak_bytes", "peak memory"),
         ("saved_bytes", "kept for backward"),
         ("joules", "energy"),
+        ("graphs", "time, captured graphs with a cold cache"),
     ):
-        rows = [b for b in benchmarks if key in b.info]
+        rows = [b for b in benchmarks if isinstance(b.info.get(key), dict)]
         if rows:
-            write = _joules if key == "joules" else _size
+            write = {"joules": _joules, "graphs": _duration}.get(key, _size)
             yield _table(
                 (title, "this package", *rivals),
                 ((b.label, *_of_each(b.info[key], ["ours", *rivals], write)) for b in rows),

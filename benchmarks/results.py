@@ -62,11 +62,11 @@ class Benchmark:
         parameters = self.name.partition("[")[2].removesuffix("]") or self.name.removeprefix("test_")
         return parameters.replace("_", " ").replace("-", ", ")
 
-    def races(self) -> Iterator[tuple[str, dict[str, float]]]:
-        """Rivals, and what `race.comparison` says of each; limits and other ways of this package are none."""
+    def races(self, own: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
+        """Rivals, and what `race.comparison` says of each; with `own`, other ways of this package as well."""
         for key, row in self.info.items():
             name = key.removeprefix("against ")
-            if name != key and name not in (*LIMITS, *OWN):
+            if name != key and name not in LIMITS and (own or name not in OWN):
                 yield name, row
 
 

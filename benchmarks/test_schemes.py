@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conftest import Race, assert_close, large
+from benchmarks.race import BEYOND_MEMORY, is_out_of_memory
 from benchmarks.report import SCHEMES
 from crossvit import create_model
 from crossvit.encoder import FUSIONS
@@ -56,7 +57,6 @@ class StoredMatrix(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.attention = attention
-        self.attn_drop = attention.attn_drop
 
     def forward(self, x: Tensor) -> Tensor:
         a: Any = self.attention
@@ -83,7 +83,7 @@ def test_schemes(what, mode, size, device, race: Race, benchmark):
     free = psutil.virtual_memory().available if device.type == "cpu" else float("inf")
     if stored_bytes(count, mode == "training") > 0.7 * free:
         names.remove(STORED)
-        info[f"not run {STORED}"] = "more than this machine's memory"
+        info[f"not run {STORED}"] = BEYOND_MEMORY
     models = {name: build(name, size, device) for name in names}
     torch.manual_seed(1)
     if what == "model":
@@ -113,15 +113,23 @@ def test_schemes(what, mode, size, device, race: Race, benchmark):
 
     for x in given:
         x.requires_grad_(training)
-    for name in names:
-        with torch.no_grad():
-            assert_close(call(models[name], given), another_way(name, models[name], call, given), 1e-4)
+    # On a GPU the convolutions of a model may be computed in tf32.
+    bound = 1e-4 if device.type == "cpu" else 1e-2
+    for name in list(names):
+        try:
+            with torch.no_grad():
+                assert_close(call(models[name], given), another_way(name, models[name], call, given), bound)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            names.remove(name)
+            info[f"not run {name}"] = BEYOND_MEMORY
     parameters = [p for model in models.values() for p in model.parameters()]
     race(
         lambda: run("cross"),
         {name: (lambda n=name: run(n)) for name in names if name != "cross"},
         [*given, *parameters] if training else None,
-        held=lambda: models["cross"].packed_nbytes,
+        held=lambda name: models["cross" if name == "ours" else name].packed_nbytes,
     )
     if "peak_bytes" not in info:
         return

@@ -13,6 +13,7 @@ from crossvit_kernels import native
 from .encoder import MultiScaleBlock
 from .fusion import CrossAttention, CrossAttentionBlock, is_plain
 from .layers import Attention, Block, DropPath, Mlp, PatchEmbed
+from .tokens_to_token import TokensToToken
 from .watch import is_plain_value, settings_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ def reasons_against(model: CrossViT) -> list[str]:
         reasons.append(f"the compiled module is not here: {native.load_error()}")
     if model.global_pool != "token":
         reasons.append(f"it pools with global_pool={model.global_pool!r}, not 'token'")
-    if not all([model.class_token, *(getattr(encoder, "class_token", True) for encoder in model.blocks)]):
+    if any(getattr(module, "class_token", True) is False for module in model.modules()):
         reasons.append("it has no CLS tokens")
+    if any(isinstance(embed, TokensToToken) for embed in model.modules()):
+        return [*reasons, "it makes T2T tokens"]
     if any(p.device.type != "cpu" for p in model.parameters()):
         reasons.append("it is not on the CPU")
     dtypes = {p.dtype for p in model.parameters()}

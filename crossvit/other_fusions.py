@@ -57,8 +57,10 @@ class AllAttentionFusion(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """What `attn` computes, by the package's operation where it is as built and drops nothing."""
         attn = self.attn
-        drops = attn.attn_drop.training and attn.attn_drop.p > 0
-        if drops or not (is_plain(attn, Attention) and is_plain(attn.attn_drop, nn.Dropout)):
+        plain = is_plain(attn, Attention) and is_plain(attn.attn_drop, nn.Dropout)
+        if not plain or nn.modules.module._has_any_global_hook():
+            return attn(x)
+        if attn.attn_drop.training and attn.attn_drop.p > 0:
             return attn(x)
         heads = attend(attn.qkv(x), attn.num_heads, attn.scale)
         return attn.proj_drop(attn.proj(heads))

@@ -44,6 +44,10 @@ def list_models(pattern: str = "*", *, pretrained: bool = False, aliases: bool =
     return [name for name in names if fnmatch.fnmatch(name, pattern)]
 
 
+# What the released weights are for.
+_OF_RELEASED = {"fusion": "cross", "t2t": False, "class_token": True}
+
+
 class Constructor:
     """Makes models of one variant; what `from crossvit import crossvit_18` gives."""
 
@@ -65,6 +69,9 @@ class Constructor:
         if pretrained and checkpoint_path is not None:
             raise ValueError("pretrained and checkpoint_path exclude each other: give one of them")
         row = self.variant
+        changed = [name for name, value in _OF_RELEASED.items() if kwargs.get(name) not in (value, None)]
+        if pretrained and changed:
+            raise ValueError(f"no weights were released for models with another {', '.join(changed)}")
         # Downloaded before the model is built: a failure costs nothing.
         path = fetch(row, "timm" if pretrained is True else pretrained) if pretrained else checkpoint_path
         arguments: dict[str, Any] = {
@@ -89,6 +96,7 @@ class Constructor:
 def _config(model: CrossViT, row: Variant) -> dict[str, Any]:
     """What timm's data helpers read of a model."""
     proj = model.patch_embed[0].proj
+    released = (model.fusion, model.class_token) == ("cross", True) and not isinstance(proj, nn.Linear)
     stem = ".0" if isinstance(proj, nn.Sequential) else ""
     return {
         "architecture": row.name,
@@ -104,7 +112,7 @@ def _config(model: CrossViT, row: Variant) -> dict[str, Any]:
         if isinstance(proj, nn.Linear)
         else tuple(f"patch_embed.{b}.proj{stem}" for b in range(2)),
         "classifier": ("head.0", "head.1"),
-        "hf_hub_id": row.timm_hub_id,
+        "hf_hub_id": row.timm_hub_id if released else None,
         "license": "apache-2.0",
     }
 

@@ -32,7 +32,8 @@ SOFT_SPLITS = {
 class TokenTransformer(nn.Module):
     """[B, N, C] -> [B, N, 64]: v + proj(attention), then x + MLP(LN(x)); one head.
 
-    The values stand in for the input in the first sum, as its width is another one.
+    The values stand in for the input in the first sum, as its width is another one. Scores are divided by the
+    square root of the input's width C, not of the 64 channels of queries: so T2T-ViT has it.
     """
 
     def __init__(self, dim: int, norm_layer: NormLayer, **factory: Any) -> None:
@@ -45,7 +46,8 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x))
-        x = qkv[..., 2 * _CHANNELS :] + self.proj(attend(qkv, num_heads=1))
+        scale = x.shape[-1] ** -0.5
+        x = qkv[..., 2 * _CHANNELS :] + self.proj(attend(qkv, 1, scale))
         return x + self.mlp(self.norm2(x))
 
 

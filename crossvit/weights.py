@@ -221,6 +221,8 @@ def _adapt_positions(
     model: CrossViT, tensors: StateDict, expected: StateDict, changes: list[str], label: str
 ) -> StateDict:
     tensors = dict(tensors)
+    if model.class_token != ("cls_token_0" in tensors):
+        return tensors  # reported with the other names
     for b, grid in enumerate(model.grid_sizes(model.img_size)):
         key = f"pos_embed_{b}"
         position = tensors.get(key)

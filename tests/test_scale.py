@@ -284,6 +284,6 @@ def test_an_interrupted_check_leaves_no_process():
         process.stderr.read(len("measuring."))
         children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) in (130, 0)  # Python loses an interrupt that falls into a finaliser
         assert len(children) >= 2
         assert not psutil.wait_procs(children, 10)[1]

@@ -30,6 +30,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 # PyTorch's fused operator has a backward of its own; that of `cpu` computes the definition once more.
 WITH_GRADIENTS = {name: IMPLEMENTATIONS[name] for name in ("torch", "cpu", "triton", "reference")}
+# The CPU's kernel keeps the scores of some queries over all tokens, which then leave its caches.
+_LONGEST_ON_CPU = 3072
 _WIDEST_HEAD = 128  # whose rows Triton's kernels still keep in registers
 
 
@@ -89,8 +91,8 @@ def self_attention(
 
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
     in PyTorch's operators, from qkv, which is all that is saved: "auto" takes `torch` where a gradient is
-    wanted. `triton` has kernels for the gradient, and saves y and a number for each query beside qkv; results
-    are the same bits in every run.
+    wanted, and for more than 3,072 tokens, where it is faster. `triton` has kernels for the gradient, and
+    saves y and a number for each query beside qkv; results are the same bits in every run.
 
     Dtypes: any floating-point one. Under autocast products are in autocast's dtype and y keeps that of qkv.
     Sums are float32 at least.
@@ -132,7 +134,8 @@ def self_attention(
         against=tuple(against),
     )
     wants_gradients = torch.is_grad_enabled() and any_requires_grad((qkv,))
-    implementations = WITH_GRADIENTS if wants_gradients else IMPLEMENTATIONS
+    torch_first = wants_gradients or (device == "cpu" and qkv.shape[1] > _LONGEST_ON_CPU)
+    implementations = WITH_GRADIENTS if torch_first else IMPLEMENTATIONS
     compute = choose("self_attention", backend, call, implementations)
     with without_autocast(device):  # the operands have the right dtypes
         if not (return_attention or dropout_p > 0):
