@@ -262,7 +262,11 @@ def _tables_of_rivals(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
         columns = [(p, runs[model, threads, b]) for p in ("fp32", "bf16") for b in batches]
         names = [f"{p}, batch {run['batch']}" for p, run in columns]
         rivals = dict.fromkeys(name.rpartition(" ")[0] for _, run in columns for name in run["rivals"])
-        yield f"{model}, threads: {threads}; least milliseconds an image (median of the ratios to frozen)"
+        load = max(run.get("load", 0.0) for _, run in columns)
+        yield (
+            f"{model}, threads: {threads}; least milliseconds an image (median of the ratios to frozen); "
+            f"load of the machine in the minute before {load:.1f}"
+        )
         yield _table(
             ("", *names),
             [

@@ -154,10 +154,17 @@ def test_all_attention_keeps_to_modules_that_were_changed():
         handle = made.attn.register_forward_hook(lambda *call: seen.append(call[2]))
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(made(tokens), want, strict=True))
         handle.remove()
-    assert len(seen) == 1
+        with torch.nn.modules.module.register_module_forward_hook(lambda *call: seen.append(call[0])):
+            made(tokens)
+    assert len(seen) > 1
+    assert made.attn in seen[1:]
     made.attn.attn_drop.p = 0.5
     assert relative_error(made.train()(tokens)[0], want[0]) > 1e-4
-    made.eval().attn.scale = 0.0
+    assert made.eval() is made
+    usual, made.attn = made.attn, nn.Identity()
+    assert made(tokens)[0].shape == want[0].shape
+    made.attn = usual
+    made.attn.scale = 0.0
     assert relative_error(made(tokens)[0], want[0]) > 1e-4
 
 

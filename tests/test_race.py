@@ -36,7 +36,7 @@ def test_a_race_keeps_memory_and_times(quick, monkeypatch):
     samples = {"ours": [2.0, 1.0, 4.0], "rival": [6.0, 3.0, 8.0]}
     monkeypatch.setattr(race, "interleaved", lambda calls, rounds, device: samples)
     rivals = {"rival": lambda: torch.zeros(3000)}
-    found = race.run(lambda: torch.zeros(1000), rivals, CPU, held=lambda: 500)
+    found = race.run(lambda: torch.zeros(1000), rivals, CPU, held=lambda name: 500 if name == "ours" else 0)
     assert found["peak_bytes"] == {"ours": 4500, "rival": 12_000}
     assert found["against rival"] == {
         "rival_seconds": 6.0,
@@ -181,11 +181,12 @@ def test_percentiles_by_hand():
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(0.25, 20), (1 / 16, 20), (1 / 64, 64)])
-def test_single_calls_last_a_second_and_are_twenty(seconds, calls, monkeypatch):
+def test_single_calls_last_a_second_each_and_are_twenty(seconds, calls, monkeypatch):
     monkeypatch.setattr(race, "_LATENCY_CALLS", 20)
     monkeypatch.setattr(race, "_LATENCY_SECONDS", 1.0)
     monkeypatch.setattr(race, "_seconds", lambda call, device: seconds)
-    assert race.single_calls(lambda: None, CPU) == [seconds] * calls
+    found = race.single_calls({"ours": lambda: None, "rival": lambda: None}, CPU)
+    assert found == dict.fromkeys(("ours", "rival"), [seconds] * calls)
 
 
 def test_single_calls_are_timed_one_by_one(monkeypatch):
@@ -197,11 +198,19 @@ def test_single_calls_are_timed_one_by_one(monkeypatch):
         calls.append(1)
         time.sleep(0.001 if len(calls) % 2 else 0.003)
 
-    times = race.single_calls(call, CPU)
+    times = race.single_calls({"ours": call}, CPU)["ours"]
     assert len(times) == len(calls) >= 6
     assert 0.05 <= sum(times) < 0.05 + 2 * max(times)
     assert min(times[0::2]) >= 0.001
     assert min(times[1::2]) >= 0.003
+
+
+def test_single_calls_take_turns(monkeypatch):
+    monkeypatch.setattr(race, "_LATENCY_CALLS", 3)
+    monkeypatch.setattr(race, "_LATENCY_SECONDS", 0.0)
+    order: list[str] = []
+    race.single_calls({name: (lambda name=name: order.append(name)) for name in "ab"}, CPU)
+    assert order == ["a", "b"] * 3
 
 
 def test_many_single_calls_cost_little_more_than_themselves(monkeypatch):
@@ -209,7 +218,7 @@ def test_many_single_calls_cost_little_more_than_themselves(monkeypatch):
     monkeypatch.setattr(race, "_LATENCY_SECONDS", 1.0)
     monkeypatch.setattr(race, "_seconds", lambda call, device: 2.0**-15)
     start = time.perf_counter()
-    assert len(race.single_calls(lambda: None, CPU)) == 2**15
+    assert len(race.single_calls({"ours": lambda: None}, CPU)["ours"]) == 2**15
     assert time.perf_counter() - start < 1
 
 

@@ -83,7 +83,11 @@ def test_the_table_of_races():
         ["slow", "1 ms", "0.80 (0.70-0.90)", "2.00 (1.50-3.00)"],
         ["even", "1 ms", "0.90 (0.80-1.00)", "1.00 (1.00-3.00)"],
     ]
-    assert second == [["time", "this package", "eager"], ["x[1], y z", "8 s", "0.25 (0.20-0.30)"]]
+    own = ["0.50 (0.50-0.50)"] * 2
+    assert second == [
+        ["time", "this package", "eager", "not frozen fp32", "not frozen bf16"],
+        ["x[1], y z", "8 s", "0.25 (0.20-0.30)", *own],
+    ]
     limits = table(text, "share of the least time that hardware allows")
     assert limits[1:] == [["x[1], y z", "1 ms", "bytes, once", "10%"]]
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, race, results
+from benchmarks import compare, conftest, race, results
 from benchmarks.results import exponent, load, load_revision, parse, tokens_that_fit
 from tests.benchmark_results import benchmark, file_text, row, tables
 
@@ -337,6 +338,39 @@ def test_the_compare_command_says_what_is_wrong(what, which, files, tmp_path, re
     assert err.startswith("compare: ")
     assert f"{what}.json" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name"),
+    [
+        (["benchmarks"], {}, "all"),
+        ([], {}, "all"),
+        (["benchmarks"], {"full": True}, "full"),
+        (["benchmarks"], {"keyword": "cpu or Model", "full": True}, "full-cpu-or-model"),
+        (["benchmarks"], {"markexpr": "not full"}, "not-full"),
+        (["benchmarks/test_cpu.py"], {}, "test-cpu"),
+        (["benchmarks/test_start.py::test_import"], {}, "test-start-test-import"),
+        (["benchmarks"], {"lf": True}, "last-failed"),
+    ],
+)
+def test_a_run_of_some_benchmarks_has_a_file_of_its_own(arguments, options, name, monkeypatch):
+    monkeypatch.chdir(results.RESULTS.parent.parent)
+    defaults = {"full": False, "keyword": "", "markexpr": "", "lf": False}
+    config = SimpleNamespace(args=arguments, option=SimpleNamespace(**{**defaults, **options}))
+    assert conftest._selected(config) == name
+
+
+@pytest.mark.parametrize(("status", "kept"), [(0, "new"), (1, "new"), (2, "earlier")])
+def test_an_interrupted_run_leaves_the_earlier_results(status, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "redraw", lambda folder: None)
+    target = tmp_path / "all.json"
+    target.write_text("earlier")
+    target.with_suffix(".json.part").write_text("new")
+    config = SimpleNamespace(_crossvit_results=target)
+    conftest.pytest_sessionfinish(SimpleNamespace(config=config), status)
+    conftest.pytest_unconfigure(config)
+    assert target.read_text() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["all.json"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["--help"], ["reports", "report"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -143,6 +145,18 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
             assert torch.equal(got, want), threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_long_sequences_are_left_to_pytorch(monkeypatch):
+    """Where the kernel's scores leave the caches; by name it takes them all the same."""
+    module = sys.modules["crossvit_kernels.self_attention"]
+    qkv = normal(1, 21, 144).float()
+    of = {name: self_attention(qkv, 3, backend=name) for name in ("cpu", "torch")}
+    assert not torch.equal(of["cpu"], of["torch"])
+    assert torch.equal(self_attention(qkv, 3), of["cpu"])
+    monkeypatch.setattr(module, "_LONGEST_ON_CPU", 20)
+    assert torch.equal(self_attention(qkv, 3), of["torch"])
+    assert torch.equal(self_attention(qkv, 3, backend="cpu"), of["cpu"])
 
 
 def test_no_tokens_at_all():

@@ -10,6 +10,7 @@ from torch import Tensor
 from crossvit import create_model
 from crossvit.paper import count
 from crossvit.tokens_to_token import SOFT_SPLITS, SoftSplit, TokensToToken
+from crossvit.weights import load_weights
 from crossvit_kernels import use_backend
 from tests.models import exact, image, small, small_model
 from tests.operations import relative_error
@@ -187,6 +188,20 @@ def test_a_backend_that_has_no_self_attention_leaves_it_to_pytorch(options):
     x = image(model)
     with torch.no_grad(), use_backend("cuda"):
         assert relative_error(model(x), exact(model, x)) < 1e-5
+
+
+def test_weights_of_other_models_are_refused_in_words(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(small().state_dict(), path)
+    with pytest.raises(ValueError, match="cls_token_0"):
+        load_weights(small(class_token=False), path)
+    torch.save(small(class_token=False).state_dict(), path)
+    with pytest.raises(ValueError, match="cls_token_0"):
+        load_weights(small(), path)
+    for options, name in (({"t2t": True}, "t2t"), ({"fusion": "all"}, "fusion")):
+        with pytest.raises(ValueError, match=f"no weights were released for models with another {name}"):
+            create_model("crossvit_9", pretrained=True, **options)
+        assert create_model("crossvit_9", device="meta", **options).default_cfg["hf_hub_id"] is None
 
 
 def test_wrong_arguments():
