@@ -24,9 +24,11 @@ from benchmarks.compiled import (
     parse_resource_usage,
     parse_sass,
     prepared,
+    resources,
 )
 from crossvit_kernels.cross_attention import triton_table
 from crossvit_kernels.cross_attention.triton_table import Configuration, configuration
+from crossvit_kernels.self_attention import triton_launch as self_attention_launch
 
 compiles_cuda = pytest.mark.skipif(
     compiled_cuda.missing() is not None, reason=f"the CUDA kernels: {compiled_cuda.missing()}"
@@ -494,3 +496,31 @@ def test_products_that_a_width_skips_are_not_counted(width, products):
         tiles = -(-patches // 16)
         assert run.opcodes["HMMA.16816.F32.BF16"] == 5 * products * tiles
         assert (run.blocks, len(run.of_warps), run.overlaps) == (1, 4, False)
+
+
+@compiles
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm_90",
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx950")
+        ),
+    ],
+)
+def test_self_attention_keeps_nothing_in_a_threads_memory(architecture):
+    """The models' shapes in bfloat16: no stack, no spills, two blocks a multiprocessor on NVIDIA's GPUs."""
+    with compiling(architecture) as kernels:
+        for tokens, channels in ((197, 64), (401, 32), (577, 64), (1157, 32)):
+            qkv = torch.zeros(2, tokens, 3 * 7 * channels, dtype=torch.bfloat16)
+            y, lse = self_attention_launch.forward(qkv, 7, channels**-0.5, qkv.dtype, True)
+            self_attention_launch.backward(y, qkv, y, lse, 7, channels**-0.5, qkv.dtype)
+    found = [
+        resources(kernel, architecture, Case((448,), 7)) for kernel in {k.hash: k for k in kernels}.values()
+    ]
+    assert {one.kernel for one in found} == {"attend", "to_queries", "to_keys"}
+    for one in found:
+        assert (one.stack, one.local) == (0, 0), one
+        assert one.tensor > 0
+        assert one.blocks >= (1 if ARCHITECTURES[architecture].is_amd else 2)

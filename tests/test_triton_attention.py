@@ -10,7 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.compiled import ARCHITECTURES, Case, compiling, cuobjdump, resources
 from crossvit_kernels import self_attention
 from crossvit_kernels.self_attention import gpu_op, reference, triton_launch
 from tests.by_definition import attention_oracle, normal
@@ -179,34 +178,6 @@ def test_the_batch_grows_along_the_first_axis():
         ("attend", "to_queries", "to_keys"), (1, 1)
     )
     assert {launch.grid[0] for launch in recorder.launches} == {66}
-
-
-@pytest.mark.skipif(cuobjdump() is None, reason="this Triton has no cuobjdump")
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "sm_90",
-        *(
-            pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx950")
-        ),
-    ],
-)
-def test_nothing_is_kept_in_a_threads_memory(architecture):
-    """The models' shapes in bfloat16: no stack, no spills, two blocks a multiprocessor on NVIDIA's GPUs."""
-    with compiling(architecture) as kernels:
-        for tokens, channels in ((197, 64), (401, 32), (577, 64), (1157, 32)):
-            qkv = torch.zeros(2, tokens, 3 * 7 * channels, dtype=torch.bfloat16)
-            y, lse = triton_launch.forward(qkv, 7, channels**-0.5, qkv.dtype, True)
-            triton_launch.backward(y, qkv, y, lse, 7, channels**-0.5, qkv.dtype)
-    found = [
-        resources(kernel, architecture, Case((448,), 7)) for kernel in {k.hash: k for k in kernels}.values()
-    ]
-    assert {one.kernel for one in found} == {"attend", "to_queries", "to_keys"}
-    for one in found:
-        assert (one.stack, one.local) == (0, 0), one
-        assert one.tensor > 0
-        assert one.blocks >= (1 if ARCHITECTURES[architecture].is_amd else 2)
 
 
 def test_no_tokens_at_all():
