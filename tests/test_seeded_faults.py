@@ -101,12 +101,6 @@ def test_a_fault_of_the_gpu_kernels_is_caught(faults, index, tmp_path):
     assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
 
 
-@pytest.mark.interpreted
-def test_a_fault_of_self_attention_is_caught(tmp_path):
-    fault = random.Random(SEED).choice(ATTENTION_FAULTS)
-    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "fault", [*TRITON_FAULTS, *CUDA_FAULTS, *ATTENTION_FAULTS], ids=lambda fault: fault.what
