@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,11 @@ class Benchmark:
         parameters = self.name.partition("[")[2].removesuffix("]") or self.name.removeprefix("test_")
         return parameters.replace("_", " ").replace("-", ", ")
 
+    @property
+    def curve(self) -> tuple[str, str] | None:
+        """What of, and the mode, where it is a point of the growth with the number of tokens."""
+        return (self.info["what"], self.info["mode"]) if "tokens" in self.info else None
+
     def races(self, own: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
         """Rivals, and what `race.comparison` says of each; with `own`, other ways of this package as well."""
         for key, row in self.info.items():
@@ -105,9 +111,11 @@ def load(path: Path) -> list[Benchmark]:
 
 
 def _newest(runs: Iterable[list[Benchmark]]) -> list[Benchmark]:
-    """One of each name."""
+    """One of each name; but all points of a curve are of one run, that with the most of them."""
     every = sorted((b for run in runs for b in run), key=lambda b: b.datetime)
-    return list({b.name: b for b in every}.values())
+    points = Counter((b.file, b.curve) for b in every if b.curve)
+    ranked = sorted(every, key=lambda b: points[b.file, b.curve])  # stable: the newest of as many comes last
+    return list({b.name: b for b in ranked}.values())
 
 
 def load_revision(revision: str, machine: str) -> list[Benchmark]:

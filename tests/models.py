@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossvit import CrossViT
@@ -56,6 +57,21 @@ def exact(model: CrossViT, x: Tensor) -> Tensor:
     """The model's logits in float64, by torch's operators."""
     with torch.no_grad():
         return copy.deepcopy(model).unfreeze().double()(x.double())
+
+
+def trained(model: CrossViT, steps: int) -> list[float]:
+    """Losses of a few steps on a toy task; every parameter gets a finite gradient in each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    x, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 5
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossvit.encoder import FUSIONS
 from crossvit.other_fusions import ClassTokenFusion, PairwiseFusion
-from tests.models import exact, image, small, small_model
+from tests.models import exact, image, small, small_model, trained
 from tests.operations import relative_error
 
 OTHERS = ("class", "pairwise", "none")
@@ -87,16 +87,7 @@ def test_gradients_and_training(kind):
     x = torch.randn(2, 3, 48, 48).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda y: model(y)[:, :2], (x,), fast_mode=True)
     model = small_model(fusion=kind, drop_path_rate=0.1).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    x, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 5
-    losses = []
-    for _ in range(12):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(model, steps=12)
     assert losses[-1] < 0.5 * losses[0]
 
 

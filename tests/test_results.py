@@ -86,6 +86,20 @@ def test_the_newest_run_of_each_benchmark_counts(older, newer, tmp_path):
     assert [b.name for b in load(tmp_path / older)] == ["test_a", "test_b"]
 
 
+def test_all_points_of_a_curve_are_of_one_run(tmp_path):
+    """That with the most of them, though another is newer; of others the newest counts."""
+
+    def run(sizes: tuple[int, ...], moment: str, mark: int) -> str:
+        point = {"what": "fusion", "mode": "forward", "mark": mark}
+        rows = {f"test_a[{size}]": {**point, "tokens": size} for size in sizes}
+        return file_text({**rows, "test_b": {"mark": mark}}, moment)
+
+    (tmp_path / "full.json").write_text(run((1, 2, 3), "2026-01-01T00:00:00+00:00", 1))
+    (tmp_path / "all.json").write_text(run((1, 2), "2026-01-02T00:00:00+00:00", 2))
+    marks = {b.name: b.info["mark"] for b in load(tmp_path)}
+    assert marks == {"test_a[1]": 1, "test_a[2]": 1, "test_a[3]": 1, "test_b": 2}
+
+
 def test_where_there_are_no_results(tmp_path):
     for path in (tmp_path, tmp_path / "missing", tmp_path / "missing.json"):
         with pytest.raises(ValueError, match="neither a results file nor a folder with some") as error:

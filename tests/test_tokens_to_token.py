@@ -12,7 +12,7 @@ from crossvit.paper import count
 from crossvit.tokens_to_token import SOFT_SPLITS, SoftSplit, TokensToToken
 from crossvit.weights import load_weights
 from crossvit_kernels import use_backend
-from tests.models import exact, image, small, small_model
+from tests.models import exact, image, small, small_model, trained
 from tests.operations import relative_error
 
 BOTH = ({"t2t": True}, {"class_token": False})
@@ -133,16 +133,7 @@ def test_gradients_and_training(options):
     x = torch.randn(2, 3, 48, 48).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda y: model(y)[:, :2], (x,), fast_mode=True)
     model = small_model(drop_path_rate=0.1, **options).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    x, labels = torch.randn(8, 3, 48, 48), torch.arange(8) % 5
-    losses = []
-    for _ in range(15):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(model, steps=15)
     assert losses[-1] < 0.6 * losses[0]
 
 
