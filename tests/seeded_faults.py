@@ -49,8 +49,8 @@ FAULTS = (
         "csrc/common/layer_norm.h",
         "for (int r = 0; r < Count; ++r) variance[r] = sums[r] / static_cast<float>(columns);",
         "for (int r = 0; r < Count; ++r) {"
-        "float e = 0; for (int64_t c = 0; c < columns; ++c) e += rows[r * stride + c] * rows[r * stride + c];"
-        "variance[r] = e / static_cast<float>(columns) - mean[r] * mean[r]; }",
+        "Vec x, e = {}; for (int64_t c = 0; c < columns; ++c) x = load(rows + r * stride + c, 1), e += x * x;"
+        "variance[r] = e[0] / static_cast<float>(columns) - mean[r] * mean[r]; }",
     ),
     Fault(
         "the mean is taken over the padded row",
