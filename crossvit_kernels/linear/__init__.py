@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..backends import BACKENDS, Call, choose, selected
 from ..cross_attention.checks import check_devices_and_dtypes, check_vector, got, matrix_dtype
+from ..library import any_requires_grad
 from ..modes import autocast_enabled, only_values_count, plain_operators_only, without_autocast
 from ..program import precision_of
-from . import native, op, reference
+from . import gpu_op, native, op, reference
 from .packed import PackedCache, PackedLinear
 
 __all__ = ["PreparedLinear", "linear", "pack_linear"]
@@ -22,6 +23,7 @@ ACTIVATIONS = (None, "gelu", "relu")
 IMPLEMENTATIONS: dict[str, Callable] = {
     "torch": reference.linear,  # the definition is what PyTorch has the fastest operators for
     "cpu": op.linear,
+    "triton": gpu_op.linear,
     "reference": reference.linear,
 }
 
@@ -36,9 +38,10 @@ def linear(
     eps: float = 1e-6,
     activation: str | None = None,
     residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """y = activation(LayerNorm(x) weight^T + bias) + residual.
+    """y = residual_scale * activation(LayerNorm(x) weight^T + bias) + residual.
 
     The linear layers of Eq. 1 of CrossViT (Chen, Fan, Panda, ICCV 2021) with what stands around them:
     LayerNorm in front of qkv and of the MLP, GELU within it, the residual behind it.
@@ -54,6 +57,7 @@ def linear(
         eps: added to the variance in the LayerNorm.
         activation: None, "gelu" (exact, by the error function) or "relu".
         residual: [..., C_out], added last; or None.
+        residual_scale: None, or [B] for x of [B, ..., C_in]: one number an image, as drop-path draws them.
         backend: "auto" or a name from `crossvit_kernels.backends()`; a named one never falls back.
 
     Returns:
@@ -74,20 +78,27 @@ def linear(
     if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
         _check_weights(weight, bias, norm_weight, norm_bias)
         _check_tokens(x, residual, weight)
+        _check_scale(residual_scale, x)
     _check_activation(activation)
     device = x.device.type
     autocast = autocast_enabled(device)
     norms = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    others = {"weight": weight, "bias": bias, **norms, "residual": residual}
-    check_devices_and_dtypes("x", x, others, (), tuple(norms), autocast)
+    others = {"weight": weight, "bias": bias, **norms, "residual": residual, "residual_scale": residual_scale}
+    check_devices_and_dtypes("x", x, others, ("residual_scale",), tuple(norms), autocast)
     if autocast:
         dtype = matrix_dtype(x, weight, autocast)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(x.dtype)
-    call = Call(device, x.dtype, weight.dtype, plain=plain_operators_only())
+    against = []
+    if residual_scale is not None:
+        against.append(("cpu", "it has no residual_scale"))
+        if torch.is_grad_enabled() and any_requires_grad((residual_scale,)):
+            against.append(("triton", "it has no gradient of residual_scale"))
+    call = Call(device, x.dtype, weight.dtype, plain=plain_operators_only(), against=tuple(against))
     compute = choose("linear", backend, call, IMPLEMENTATIONS)
+    scale = () if residual_scale is None else (residual_scale,)
     with without_autocast(device):  # the operands have the right dtypes
-        return compute(x, weight, bias, norm_weight, norm_bias, residual, eps, activation)
+        return compute(x, weight, bias, norm_weight, norm_bias, residual, eps, activation, *scale)
 
 
 def pack_linear(
@@ -204,6 +215,14 @@ def _check_tokens(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
         raise ValueError(
             f"residual must have shape [..., C_out] = {list(shape)} (of x and weight), {got(residual)}: "
             "expand it first"
+        )
+
+
+def _check_scale(residual_scale: Tensor | None, x: Tensor) -> None:
+    if residual_scale is not None and (x.ndim < 2 or residual_scale.shape != x.shape[:1]):
+        raise ValueError(
+            f"residual_scale must have shape [B] = {list(x.shape[:1])} for x of [B, ..., C_in], "
+            f"{got(residual_scale)}: pass one number for each image"
         )
 
 

@@ -15,8 +15,9 @@ def linear(
     residual: Tensor | None,
     eps: float,
     activation: str | None,
+    residual_scale: Tensor | None = None,
 ) -> Tensor:
-    """activation(LayerNorm(x) weight^T + bias) + residual, in the dtype of x."""
+    """residual_scale * activation(LayerNorm(x) weight^T + bias) + residual, in the dtype of x."""
     y = x
     if norm_weight is not None:
         norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
@@ -27,4 +28,6 @@ def linear(
     elif activation == "relu":
         y = F.relu(y)
     y = y.to(x.dtype)
+    if residual_scale is not None:
+        y = y * residual_scale.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
     return y if residual is None else residual + y

@@ -14,7 +14,7 @@ from ..backends import Call, choose
 from ..cross_attention.checks import check_devices_and_dtypes, check_vector, got, matrix_dtype
 from ..library import any_requires_grad
 from ..modes import autocast_enabled, plain_operators_only, without_autocast
-from . import op, reference
+from . import gpu_op, op, reference
 
 __all__ = ["patch_embed"]
 
@@ -22,11 +22,12 @@ __all__ = ["patch_embed"]
 IMPLEMENTATIONS: dict[str, Callable] = {
     "cpu": op.patch_embed,
     "torch": reference.patch_embed,  # the definition is what PyTorch has the fastest operators for
+    "triton": gpu_op.patch_embed,
     "reference": reference.patch_embed,
 }
 # Where a gradient is wanted: PyTorch's operators keep what their backward needs, and that of `cpu` computes
 # the definition once more. And where float32 images are not resized: packing the weight is not paid back.
-TORCH_FIRST = {name: IMPLEMENTATIONS[name] for name in ("torch", "cpu", "reference")}
+TORCH_FIRST = {name: IMPLEMENTATIONS[name] for name in ("torch", "cpu", "triton", "reference")}
 
 
 def patch_embed(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linear.packed import PackedLinear
 from ..program import Base, Kind, Place, Precision, Program, plain, precision_of, rows_of, run, threads_for
+from . import bicubic
 
 
 @dataclass(frozen=True)
@@ -68,42 +69,18 @@ class Windows:
 
 
 class Resizing:
-    """Which lines and columns each one of the resized image is the sum of; as torch's bicubic interpolation.
-
-    F.interpolate(mode="bicubic", align_corners=False): four taps of the cubic kernel with a = -0.75 about the
-    centre, those outside of the image moved to its edge.
-    """
+    """Which lines and columns each one of the resized image is the sum of, by `bicubic.taps`."""
 
     def __init__(
         self, old: tuple[int, int], new: tuple[int, int], seen: tuple[int, int] | None = None
     ) -> None:
         """`seen`: how many lines and columns of the resized image are wanted, from the first on."""
         axes = [
-            tuple(x[:, :count] for x in _taps(before, after))
+            tuple(x[:, :count] for x in bicubic.taps(before, after))
             for before, after, count in zip(old, new, seen or new, strict=True)
         ]
-        self.taps = torch.cat([taps.flatten() for taps, _ in axes]).to(torch.int32)
+        self.taps = torch.cat([places.flatten() for places, _ in axes]).to(torch.int32)
         self.weights = torch.cat([weights.flatten() for _, weights in axes]).float()
-
-
-def _taps(old: int, new: int) -> tuple[Tensor, Tensor]:
-    """Indices and weights [4, new]."""
-    # In float32, as torch computes positions.
-    scale = torch.tensor(old / new, dtype=torch.float32, device="cpu")
-    at = (torch.arange(new, dtype=torch.float32, device="cpu") + 0.5) * scale - 0.5
-    first = at.floor()
-    t = (at - first).double()
-    a = -0.75
-
-    def near(x: Tensor) -> Tensor:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-
-    def far(x: Tensor) -> Tensor:
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-    weights = torch.stack([far(t + 1), near(t), near(1 - t), far(2 - t)])
-    taps = first.long() + torch.arange(-1, 3, device="cpu")[:, None]
-    return taps.clamp(0, old - 1), weights
 
 
 def patch_step(

@@ -6,7 +6,7 @@ counts as uninitialised, so a read that comes too early is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -335,6 +335,45 @@ def deliver(machine: Machine) -> None:
 # ---- tensor maps: kept as fields, not as bytes ----
 
 ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 9: 8, 10: 2, 11: 4}
+
+
+class TensorMap(bytes):
+    """A tensor map made on the host: a kernel parameter whose 128 bytes nobody reads, with its fields."""
+
+    fields: dict[tuple[str, int | None], int]
+
+    @classmethod
+    def tiled(
+        cls,
+        address: int,
+        element: int,
+        swizzle: int,
+        box: Sequence[int],
+        shape: Sequence[int],
+        strides: Sequence[int],
+    ) -> TensorMap:
+        """Of a tensor in global memory; strides are in elements, the last dimension is contiguous.
+
+        element, swizzle: as PTX numbers them. Raises PtxError for what the driver refuses.
+        """
+        size = ELEMENT_BYTES[element]
+        steps = [stride * size for stride in strides[:-1]]
+        if address % 16 or any(step % 16 for step in steps) or strides[-1] != 1:
+            raise PtxError("a tensor map needs an address and strides that are multiples of 16 bytes")
+        if not all(1 <= extent <= 256 for extent in box) or box[-1] * size % 16:
+            raise PtxError(f"a tensor map cannot have a box of {list(box)} elements of {size} bytes")
+        fields: dict[tuple[str, int | None], int] = {
+            **{("global_address", None): address, ("rank", None): len(shape) - 1},
+            **{("elemtype", None): element, ("swizzle_mode", None): swizzle},
+            **{("interleave_layout", None): 0, ("fill_mode", None): 0},
+        }
+        for i, (extent, length) in enumerate(zip(reversed(shape), reversed(box), strict=True)):
+            fields |= {("global_dim", i): extent, ("box_dim", i): length, ("element_stride", i): 1}
+        fields |= {("global_stride", i): step for i, step in enumerate(reversed(steps))}
+        made = cls(128)
+        made.fields = fields
+        return made
+
 FIELDS = (
     "global_address rank box_dim global_dim global_stride element_stride elemtype interleave_layout "
     "swizzle_mode fill_mode"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import floating, scalar
+from .access import WINDOWS
 from .clusters import ClusterBarriers
 from .formats import UINT, WIDTH, PtxError, numpy_type
 from .memory import GlobalMemory, Memories, ParameterSpace, Shadow
@@ -70,6 +71,7 @@ class Launch:
     shared_size: int
     local_size: int
     parameters: dict[str, np.ndarray]
+    tensor_maps: dict[str, Any]  # by parameter
     memory: GlobalMemory
     shadow: Shadow | None
 
@@ -184,7 +186,10 @@ class Machine:
         self.group = np.zeros(self.n, np.int64)
         self.mbarriers: dict[tuple[int, int], Any] = {}
         self.unfenced_mbarriers: dict[tuple[int, int], int] = {}
-        self.tensor_maps: dict[tuple[int | None, int], dict[tuple[str, int | None], int]] = {}
+        self.tensor_maps: dict[tuple[int | None, int], dict[tuple[str, int | None], int]] = {
+            (None, WINDOWS["param"] + self.symbols[name]): fields
+            for name, fields in self.launch.tensor_maps.items()
+        }
         self.loads: list[Any] = []  # bulk copies to shared memory
         self.stores: list[Any] = []  # bulk copies to global memory
         self.bulk_group = np.zeros(self.n, np.int64)
@@ -663,8 +668,11 @@ def run_kernel(
     units = memory.total // access_granules(kernel)["global"] + 1
     shadow = Shadow(units, "global", int(np.prod(grid)) > 1) if races else None
     explicit, parameters = bool(cluster or kernel.cluster), _parameters(kernel, values)
+    named = zip(kernel.params, values, strict=True)
+    tensor_maps = {param.name: value.fields for param, value in named if hasattr(value, "fields")}
     launch = Launch(
-        kernel, grid, block, shape, explicit, symbols, shared_size, local_size, parameters, memory, shadow
+        *(kernel, grid, block, shape, explicit, symbols, shared_size, local_size),
+        *(parameters, tensor_maps, memory, shadow),
     )
     return sum(_run_part(launch, blocks, options) for blocks in launch.parts())
 

@@ -103,8 +103,10 @@ def _compare(comparison: str, floating: bool, x: np.ndarray, y: np.ndarray) -> n
     return COMPARE[comparison](x, y)
 
 
-@opcode("setp", " ".join([*COMPARE, *UNORDERED, "nan num and or xor ftz"]), ANY)
+@opcode("setp", " ".join([*COMPARE, *UNORDERED, "nan num and or xor ftz"]), ANY + " f16x2 bf16x2")
 def setp(machine: Machine, ins: Instruction) -> Execute | None:
+    if ins.types[0] in ("f16x2", "bf16x2"):
+        return _setp_of_pairs(machine, ins)
     kind, comparison = ins.types[0], ins.mods[0]
     floating = kind[0] == "f" or kind == "bf16"
     only_floating = comparison in UNORDERED or comparison in ("nan", "num")
@@ -133,6 +135,24 @@ def setp(machine: Machine, ins: Instruction) -> Execute | None:
             result, negation = join(result, other()), join(negation, other())
         for put, value in zip(puts, (result, negation), strict=False):
             put(value, mask)
+
+    return run
+
+
+def _setp_of_pairs(machine: Machine, ins: Instruction) -> Execute | None:
+    """The first predicate is that of the lower halves, the second that of the upper ones."""
+    kind, (comparison, *others) = ins.types[0].removesuffix("x2"), ins.mods
+    targets = ins.args[0].split("|")
+    if others or len(ins.args) != 3 or len(targets) != 2:
+        return None
+    sources = [machine.read(a, "b32") for a in ins.args[1:]]
+    puts = [machine.write(target) for target in targets]
+
+    def run(mask: Mask) -> None:
+        pairs = [source() for source in sources]
+        for shift, put in zip((0, 16), puts, strict=True):
+            halves = [decode((pair >> np.uint32(shift)).astype(np.uint16), kind) for pair in pairs]
+            put(_compare(comparison, True, *halves), mask)
 
     return run
 

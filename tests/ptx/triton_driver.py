@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .asynchronous import TensorMap
 from .formats import PtxError
 from .machine import run_kernel
 from .memory import GlobalMemory
@@ -110,14 +111,31 @@ def add_tensor(memory: GlobalMemory, tensor: torch.Tensor) -> None:
 
 
 def _flatten(signature: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
-    """(type, argument) of everything that is passed: tuples are taken apart, constants left out."""
+    """(type, argument) of everything that is passed: tuples are taken apart, constants left out.
+
+    Behind a tensor descriptor follow its shape and its strides.
+    """
     for kind, argument in zip(signature, arguments, strict=True):
         if isinstance(kind, tuple):
             yield from _flatten(kind, argument)
         elif kind.startswith("tensordesc"):
-            raise PtxError("tensor descriptors made on the host are not supported")
+            yield kind, argument
+            yield from (("i32", size) for size in argument.shape)
+            yield from (("i64", stride) for stride in argument.strides)
         elif kind != "constexpr":
             yield kind, argument
+
+
+def _tensor_map(descriptor: Any, layout: dict[str, Any], memory: GlobalMemory) -> TensorMap:
+    """What Triton asks the driver for, with the layout that it chose when it compiled."""
+    tensor = descriptor.base
+    if descriptor.padding != "zero" or descriptor.round_f32_to_tf32 or layout["fp4_padded"]:
+        raise PtxError(f"unsupported tensor descriptor: {descriptor}")
+    add_tensor(memory, tensor.detach())
+    return TensorMap.tiled(
+        *(tensor.data_ptr(), layout["elem_type"], layout["swizzle"], layout["block_size"]),
+        *(descriptor.shape, descriptor.strides),
+    )
 
 
 def _element_bytes(kind: str) -> int:
@@ -199,7 +217,13 @@ class Launcher:
         memory = GlobalMemory()
         for tensor in recorder._registered:
             add_tensor(memory, tensor)
-        values = [_parameter_bytes(k, a, memory) for k, a in _flatten(self.signature, arguments)]
+        layouts = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
+        values = [
+            _tensor_map(argument, next(layouts), memory)
+            if kind.startswith("tensordesc")
+            else _parameter_bytes(kind, argument, memory)
+            for kind, argument in _flatten(self.signature, arguments)
+        ]
         scratch = [
             _scratch(self.metadata.global_scratch_size, grid, memory),
             _scratch(self.metadata.profile_scratch_size, grid, memory),

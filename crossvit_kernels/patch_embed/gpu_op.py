@@ -1,0 +1,103 @@
+"""Patch embedding of the GPU backends as an operator of torch, with kernels of its own for the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..library import any_requires_grad, define, differentiate_by, vjp
+from . import reference
+
+
+def patch_embed(*args: Any) -> Tensor:
+    """As the definition, by Triton's kernels."""
+    if torch.is_grad_enabled() and any_requires_grad(args):
+        return PatchEmbed.apply(*args)
+    return FORWARD(*args)
+
+
+def _forward(*args: Any) -> Tensor:
+    from . import triton_launch
+
+    return triton_launch.forward(*args)
+
+
+def _forward_fake(image: Tensor, weight: Tensor, bias: Any, position: Tensor, *_: Any) -> Tensor:
+    return position.new_empty((image.shape[0], *position.shape))
+
+
+def _backward(grad: Tensor, image: Tensor, weight: Tensor, *args: Any) -> list[Tensor]:
+    from . import triton_launch
+
+    wanted = args[-1]
+    if grad.numel() == 0:
+        return [empty.zero_() for empty in _backward_fake(grad, image, weight, *args)]
+    found = triton_launch.backward(grad, image, weight, *args)
+    return [
+        x.clone() if x is not None and want else grad.new_empty(0)
+        for x, want in zip(found, wanted, strict=True)
+    ]
+
+
+def _backward_fake(grad: Tensor, image: Tensor, weight: Tensor, *args: Any) -> list[Tensor]:
+    shapes = (image.shape, weight.shape, weight.shape[:1], grad.shape[1:], grad.shape[2:])
+    dtypes = (image, weight, weight, grad, grad)
+    return [
+        like.new_empty(shape) if want else grad.new_empty(0)
+        for like, shape, want in zip(dtypes, shapes, args[-1], strict=True)
+    ]
+
+
+_OPTIONS = "SymInt[]? size, float[]? mean, float[]? std"
+FORWARD = define(
+    "patch_embed_triton(Tensor image, Tensor weight, Tensor? bias, Tensor position, Tensor cls_token, "
+    f"{_OPTIONS}) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+BACKWARD = define(
+    f"patch_embed_triton_backward(Tensor grad, Tensor image, Tensor weight, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class PatchEmbed(torch.autograd.Function):
+    """Saves the image and the weight; the bias, position and CLS token for second derivatives alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return FORWARD(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.options = inputs[5:]
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tensors = ctx.saved_tensors
+        wanted = [bool(need) for need in ctx.needs_input_grad[:5]]
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            given = [i for i, want in enumerate(wanted) if want]
+
+            def of_wanted(*some: Tensor) -> tuple[Tensor]:
+                filled = list(tensors)
+                for i, x in zip(given, some, strict=True):
+                    filled[i] = x
+                return (reference.patch_embed(*filled, *ctx.options),)
+
+            by_place = dict(zip(given, vjp(of_wanted, tuple(tensors[i] for i in given), (grad,)), strict=True))
+            found = [by_place.get(i) for i in range(5)]
+        else:
+            found = BACKWARD(grad, *tensors[:2], *ctx.options, wanted)
+        return *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None, None
+
+
+differentiate_by(FORWARD, PatchEmbed.apply)
