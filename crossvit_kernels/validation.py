@@ -18,6 +18,10 @@ from .backends import BACKENDS, Call
 _log = logging.getLogger(__package__)
 
 
+# Layers of a block, which Triton's kernels take at every width.
+OF_BLOCKS = ("linear", "self_attention", "patch_embed")
+
+
 class Kind(NamedTuple):
     """What kernels are tried for; widths and heads are those of the operation's directions."""
 
@@ -30,6 +34,10 @@ class Kind(NamedTuple):
 
     def reasons_against(self, backend: str) -> list[str]:
         """Why a backend cannot take it; empty means that it can."""
+        if self.operation in OF_BLOCKS:
+            if backend == "cuda":
+                return [f"it does not implement {self.operation}"]
+            return BACKENDS[backend].reasons_against(Call(self.device.type, self.tokens, self.weights))
         call = Call(self.device.type, self.tokens, self.weights, self.widths, self.heads)
         return BACKENDS[backend].reasons_against(call)
 
@@ -55,9 +63,10 @@ def validate(
     ordinary call tries too, and compiles for the very layout that will be recorded.)
 
     Args:
-        operation: "cross_attention" or "cross_fusion".
-        widths: C of each direction's patches; of S and L for the fusion.
-        num_heads: H of each direction.
+        operation: "cross_attention", "cross_fusion", "linear", "self_attention" or "patch_embed".
+        widths: C of each direction's patches, of S and L for the fusion; (C_in, C_out) for "linear", (C,) for
+            the others.
+        num_heads: H of each direction; (H,) for "self_attention", () for "linear" and "patch_embed".
         dtype: of the tokens.
         weights_dtype: autocast's dtype where it is another one.
         gradients: whether to try backward too.

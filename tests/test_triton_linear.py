@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -27,13 +27,20 @@ NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 # What every run takes; `make test-interpreted` draws from the rest.
 targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.interpreted)])
 # (leading dimensions, C_in, C_out): all odd, so that no tile is filled and no row is aligned; whole tiles; a
-# last tile of half a tile's width; a last step and columns beyond the tiles; one row, one channel, one output.
+# last tile of half a tile's width; a last step and columns beyond the tiles; one row, one channel, one
+# output.
 SIZES = (
     *(((2, 19), 37, 51), ((128,), 64, 128), ((3, 47), 96, 192), ((5, 29), 72, 104)),
     *(((1,), 136, 24), ((7,), 1, 9), ((2, 3), 40, 1)),
 )
 # (LayerNorm, activation, residual)
-OPTIONS = ((True, "gelu", True), (True, None, False), (False, None, True), (True, "relu", False), (False, "gelu", False))
+OPTIONS = (
+    (True, "gelu", True),
+    (True, None, False),
+    (False, None, True),
+    (True, "relu", False),
+    (False, "gelu", False),
+)
 FAST = (
     *(("sm_80", torch.float32, SIZES[0], OPTIONS[0]), ("sm_80", torch.bfloat16, SIZES[2], OPTIONS[1])),
     *(("sm_80", torch.float16, SIZES[3], OPTIONS[3]), ("sm_90", torch.bfloat16, SIZES[2], OPTIONS[0])),
@@ -50,7 +57,7 @@ CASES = [
 def on(target: str, multiprocessors: int = 2) -> Iterator[Any]:
     """A GPU so small that tiles are as large as they get."""
     gpu = Gpu(int(target.removeprefix("sm_")), multiprocessors, 232_448)
-    with mock.patch.object(triton_launch, "gpu_of", lambda device: gpu), without_a_gpu(target) as recorder:
+    with mock.patch.object(triton_launch, "gpu_of", return_value=gpu), without_a_gpu(target) as recorder:
         yield recorder
 
 
@@ -255,7 +262,9 @@ def test_statistics_for_the_next_layer_norm(target, multiprocessors, columns):
         of_part = wide[:, part * left.part : (part + 1) * left.part]
         sums, squares = left.values[part].double()
         torch.testing.assert_close(sums, of_part.sum(1), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(squares, of_part.var(1, correction=0) * of_part.shape[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            squares, of_part.var(1, correction=0) * of_part.shape[1], rtol=1e-4, atol=1e-4
+        )
     exact = F.linear(F.layer_norm(wide, (columns,), gamma.double(), None, 1e-6), following.double())
     eager = F.linear(F.layer_norm(y, (columns,), gamma, None, 1e-6), following)
     for z in found:
@@ -319,6 +328,13 @@ def test_gradients_through_two_layers(target, activation, multiprocessors):
 # As an operator of PyTorch
 
 
+def saved_by(call: Callable[[], object]) -> list[Tensor]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    return saved
+
+
 def test_what_is_saved():
     """The input, for a LayerNorm the weight with gamma, and z in 16 bits where y does not tell it."""
     x = [t.bfloat16() for t in linear_inputs((2, 21), 40, 72)]
@@ -330,9 +346,8 @@ def test_what_is_saved():
         (True, "gelu", True, 2 * rows * 72 + 2 * 72 * 40 + 8 * rows + small),
     ):
         leaves = [None if t is None else t.detach().requires_grad_() for t in given(x, norm, residual)]
-        saved: list[Tensor] = []
-        with on("sm_90"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            run_linear(leaves, "triton", activation)
+        with on("sm_90"):
+            saved = saved_by(lambda x=leaves, a=activation: run_linear(x, "triton", a))
         own = {t.data_ptr() for t in leaves if t is not None}
         assert sum(t.nbytes for t in saved if t.data_ptr() not in own) == beyond
 
@@ -406,7 +421,11 @@ def test_no_rows():
     ("options", "error", "words"),
     [
         ({}, RuntimeError, "triton: it runs on cuda, the tokens are on cpu"),
-        ({"residual_scale": torch.ones(2, requires_grad=True)}, RuntimeError, "no gradient of residual_scale"),
+        (
+            {"residual_scale": torch.ones(2, requires_grad=True)},
+            RuntimeError,
+            "no gradient of residual_scale",
+        ),
         ({"residual_scale": torch.ones(3)}, ValueError, r"residual_scale must have shape \[B\] = \[2\]"),
         ({"residual_scale": torch.ones(2), "backend": "cpu"}, RuntimeError, "cpu: it has no residual_scale"),
     ],

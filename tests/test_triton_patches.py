@@ -42,7 +42,9 @@ def inputs(image: Sequence[int], side: int, channels: int, size: tuple[int, int]
     return patch_inputs(image, side, channels, (height // side, width // side))
 
 
-def both(x: Sequence[Tensor], backend: str, wanted: Sequence[str] = NAMES, **options: Any) -> dict[str, Tensor]:
+def both(
+    x: Sequence[Tensor], backend: str, wanted: Sequence[str] = NAMES, **options: Any
+) -> dict[str, Tensor]:
     """y, and the gradients that are wanted, for a loss that weighs every element by itself."""
     leaves = dict(zip(NAMES, (t.detach() for t in x), strict=True))
     some = [leaves[name].requires_grad_() for name in wanted]
@@ -101,7 +103,7 @@ def channels_last(x: Tensor) -> Tensor:
 @targets
 @pytest.mark.parametrize("layout", [*layouts.ALL, channels_last], ids=lambda layout: layout.__name__)
 def test_strides(target, layout):
-    """Of the image, the weight, the position and the incoming gradient; sides are multiples of 4 and are not."""
+    """Of the image, the weight, the position and the incoming gradient; sides of 3 and 4."""
     for side, size in ((4, None), (3, None), (4, (14, 17))):
         x = [t.bfloat16() for t in inputs((2, 3, 13, 18), side, 24, size)]
         with without_a_gpu(target):
@@ -202,7 +204,14 @@ def test_windows_hold_what_is_interpolated():
     """For enlarging and reducing, of all pixels that are taken together."""
     from crossvit_kernels.patch_embed.bicubic import taps
 
-    for old, new, seen in ((240, 224, 224), (408, 384, 384), (300, 31, 24), (9, 25, 24), (5000, 10, 10), (1, 64, 64)):
+    for old, new, seen in (
+        (240, 224, 224),
+        (408, 384, 384),
+        (300, 31, 24),
+        (9, 25, 24),
+        (5000, 10, 10),
+        (1, 64, 64),
+    ):
         count, window = triton_launch._window(old, new, seen)
         places, _ = taps(old, new)
         for i in range(0, seen, count):

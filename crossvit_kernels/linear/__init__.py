@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import kernel_preference
 from ..backends import BACKENDS, Call, choose, selected
 from ..cross_attention.checks import check_devices_and_dtypes, check_vector, got, matrix_dtype
 from ..library import any_requires_grad
@@ -46,7 +47,8 @@ def linear(
     The linear layers of Eq. 1 of CrossViT (Chen, Fan, Panda, ICCV 2021) with what stands around them:
     LayerNorm in front of qkv and of the MLP, GELU within it, the residual behind it.
 
-    The backend `cpu` packs the weight in each call, so "auto" takes `torch`; `pack_linear` packs it once.
+    The backend `cpu` packs the weight in each call, so "auto" takes `torch`; `pack_linear` packs it once. On
+    GPUs "auto" takes `triton` where it is ahead (kernel_preference.py), for now behind a LayerNorm with GELU.
 
     Args:
         x: [..., C_in]; any strides.
@@ -64,11 +66,14 @@ def linear(
         y [..., C_out] in the dtype of x.
 
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
-    in PyTorch's operators, from the inputs, which are all that is saved.
+    in PyTorch's operators, from the inputs, which are all that is saved; it has no residual_scale. `triton`
+    has kernels for the gradients, the same bits in every run, but none for residual_scale's; with a LayerNorm
+    or an activation it saves what the activation was taken of, and the weight with norm_weight in it.
 
     Dtypes: outside autocast all tensors share one floating-point dtype; the LayerNorm's may stay in float32.
     Under autocast the residual takes the dtype of x, weight and bias take autocast's dtype. Sums are float32
-    at least. `cpu` multiplies bfloat16 weights in bfloat16, others in float32.
+    at least. `cpu` multiplies bfloat16 weights in bfloat16, others in float32. `triton` multiplies in the
+    dtype of the weights, float32 as torch.backends.cuda.matmul says.
 
     Raises:
         ValueError: a shape is wrong, or no activation or backend has that name.
@@ -95,10 +100,28 @@ def linear(
         if torch.is_grad_enabled() and any_requires_grad((residual_scale,)):
             against.append(("triton", "it has no gradient of residual_scale"))
     call = Call(device, x.dtype, weight.dtype, plain=plain_operators_only(), against=tuple(against))
+    if kernel_preference.has_a_say(backend, call):
+        backend = kernel_preference.chosen(
+            *("linear", call, x),
+            shape=(*weight.shape[::-1], _epilogue(norm_weight, activation, residual)),
+            number=x.numel() // max(x.shape[-1], 1),
+            training=torch.is_grad_enabled() and any_requires_grad((x, weight, bias, norm_weight, norm_bias)),
+            widths=tuple(weight.shape[::-1]),
+        )
     compute = choose("linear", backend, call, IMPLEMENTATIONS)
     scale = () if residual_scale is None else (residual_scale,)
     with without_autocast(device):  # the operands have the right dtypes
         return compute(x, weight, bias, norm_weight, norm_bias, residual, eps, activation, *scale)
+
+
+def _epilogue(norm_weight: Tensor | None, activation: str | None, residual: Tensor | None) -> str:
+    """What stands around the product, as kernel_preference.py names it."""
+    parts = (
+        "norm" if norm_weight is not None else None,
+        activation,
+        "residual" if residual is not None else None,
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def pack_linear(

@@ -180,7 +180,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, gamma, beta, residual, scale, ctx.eps, ctx.activation, _ = inputs
+        x, weight, bias, gamma, beta, _, scale, ctx.eps, ctx.activation, _ = inputs
         y, z, *kept = output
         ctx.mark_non_differentiable(z, *kept)
         needed, other = _keeps_z(inputs)
@@ -197,7 +197,9 @@ class Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
 
             def without_residual(*some: Any) -> tuple[Tensor]:
-                return (reference.linear(*some, None, ctx.eps, ctx.activation, scale),)
+                x, weight, bias, gamma, beta = some
+                y = reference.linear(x, weight, bias, gamma, beta, None, ctx.eps, ctx.activation, scale)
+                return (y,)
 
             found = vjp(without_residual, (x, weight, bias, gamma, beta), (grad,))
         else:

@@ -4,25 +4,26 @@
     weight_gradient   dzᵀ x, summed over parts of the rows
     add_parts         the parts' sum, in order, and what of it belongs to the LayerNorm
 
-One program computes a tile of 128 x 128 numbers in registers, and hands it to the epilogue in slices of columns,
-so that no more of it than a slice is ever there twice:
+One program computes a tile of 128 x 128 numbers in registers, and hands it to the epilogue in slices of
+columns, so that no more of it than a slice is ever there twice:
 
                  K, 32 or 64 a step
      rows 128  [ x -> ]  @  [ W -> ]ᵀ  columns 128  =  accumulators  ->  | slice | slice |  ->  y
 
 With LayerNorm in front, x is multiplied as it is, by the weight with gamma folded into it, W' = W gamma:
 
-     z = r (x W'ᵀ) - r mean colsum + b',   colsum = sums of the rows of W',   b' = b + W beta
+     z = r (x W'ᵀ) - r mean colsum + b',  colsum = sums of the rows of W',  b' = b + W beta
 
-and mean and r = 1 / deviation of each row come in after the product. They come as sums and sums of squares about
-their own mean, of slices of the row: `product` leaves them of what it writes, for the LayerNorm that follows. Their
-gradient needs two numbers of a row, again known before the product ends:
+and mean and r = 1 / deviation of each row come in after the product. They come as sums and sums of squares
+about their own mean, of slices of the row: `product` leaves them of what it writes, for the LayerNorm that
+follows. Their gradient needs two numbers of a row, again known before the product ends:
 
-     dx = dz' W' - m1 / C - (x - mean) r m2 / C,   dz' = r dz,   m1 = sum(dz' colsum),   m2 = sum(dz' (z - b'))
+     dx = dz' W' - m1 / C - (x - mean) r m2 / C,  dz' = r dz,  m1 = sum(dz' colsum),  m2 = sum(dz' (z - b'))
 
-On GPUs from compute capability 9.0 on, tiles are copied by the TMA unit, from descriptors that the host makes; on
-others by every thread, from pointers. Both are here, `TMA` says which. The limit is the tensor cores' rate at best;
-tiles of 128 x 128 read 64 FLOP a byte from the L2 cache, whose rate is the nearer limit on an H100.
+On GPUs from compute capability 9.0 on, tiles are copied by the TMA unit, from descriptors that the host
+makes; on others by every thread, from pointers. Both are here, `TMA` says which. The limit is the tensor
+cores' rate at best; tiles of 128 x 128 read 64 FLOP a byte from the L2 cache, whose rate is the nearer limit
+on an H100.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Phi(z) - 1/2 as z times a polynomial in 2 (z / 5.2)^2 - 1, least in the largest error of z Phi(z); beyond 5.2 it
-# is constant. With float32 arithmetic z Phi(z) is right to 1e-7 of max(1, |z|).
+# Phi(z) - 1/2 as z times a polynomial in 2 (z / 5.2)^2 - 1, least in the largest error of z Phi(z); beyond
+# 5.2 it is constant. With float32 arithmetic z Phi(z) is right to 1e-7 of max(1, |z|).
 _LIMIT = tl.constexpr(5.2)
 _PHI = tl.constexpr(
     (
@@ -124,8 +125,8 @@ def _store(
 @triton.jit
 def _accumulate(
     x, w, row, column, rows, columns, depth, stride_x, stride_w,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WHOLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x [rows, depth] times W, which is [columns, depth] if TRANSPOSED, else [depth, columns].
 
@@ -134,10 +135,7 @@ def _accumulate(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if TMA:
         for start in range(0, depth, STEP):
-            if TRANSPOSED:
-                of_w = w.load([column, start]).T
-            else:
-                of_w = w.load([start, column])
+            of_w = w.load([column, start]).T if TRANSPOSED else w.load([start, column])
             total = tl.dot(x.load([row, start]), of_w, total, input_precision=PRECISION)
     else:
         # Rows beyond the last read the last; what they give is written nowhere.
@@ -167,8 +165,8 @@ def _accumulate(
 
 @triton.jit
 def _sum_of_products(a, b, AXIS: tl.constexpr):
-    """sum(a b) along an axis. Were a product contracted with the addition of another thread's, the copies of a
-    sum that several threads have would differ in their last bits."""
+    """sum(a b) along an axis. Were a product contracted with the addition of another thread's, the copies of
+    a sum that several threads have would differ in their last bits."""
     return tl.sum(tl.fma(a, b, tl.zeros(a.shape, tl.float32)), AXIS)
 
 
@@ -195,8 +193,8 @@ def slices_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr)
 def _finish(
     total, row, column, mean, rstd, scale, means, y, z, residual, bias, colsum, left, rows, columns,
     stride_z, stride_residual,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, OUT: tl.constexpr,
-    ROWS: tl.constexpr, SLICE: tl.constexpr, TMA: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
+    OUT: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One slice. Returns m1 and m2 of the rows, where the epilogue is "activation_gradient"."""
     m, n = row + tl.arange(0, ROWS), column + tl.arange(0, SLICE)
@@ -293,11 +291,10 @@ def _tile(
         )  # fmt: skip
         first += of_first
         second += of_second
-    if EPILOGUE == "activation_gradient":
-        if NORM:
-            to = sums + (column // WIDEST).to(tl.int64) * 2 * rows + m
-            tl.store(to, first, mask=there)
-            tl.store(to + rows, second, mask=there)
+    if EPILOGUE == "activation_gradient" and NORM:
+        to = sums + (column // WIDEST).to(tl.int64) * 2 * rows + m
+        tl.store(to, first, mask=there)
+        tl.store(to + rows, second, mask=there)
 
 
 @triton.jit(do_not_specialize=["rows", "of_scale"])
@@ -315,11 +312,11 @@ def product(
         leaves z, and in `left` the statistics of y for the next LayerNorm, parts of SLICE columns.
     "activation_gradient": y = scale act'(z) (x W), of the rows' r too with NORM, when it leaves m1 and m2 in
         `sums` [tiles of a row, 2, rows], with the colsum and b' (`bias`) of the layer that z comes from.
-    "norm_gradient": the gradient of a LayerNorm's input `z`, plus residual, from dz' (SCALED) or dz, and their
-        `sums` [SUMS, 2, rows].
+    "norm_gradient": the gradient of a LayerNorm's input `z`, plus residual, from dz' (SCALED) or dz, and
+        their `sums` [SUMS, 2, rows].
 
-    scale: [rows / of_scale], one number for so many rows. TAIL: columns of the last tile, where they are fewer,
-    with descriptors `w_tail`; 0 for none.
+    scale: [rows / of_scale], one number for so many rows. TAIL: columns of the last tile, where they are
+    fewer, with descriptors `w_tail`; 0 for none.
     """
     tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS
@@ -327,10 +324,10 @@ def product(
     if TAIL > 0:
         if column + COLUMNS > columns:
             _tile(
-                x, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
-                depth, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
-                EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
-                ROWS, TAIL, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
+                x, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows,
+                columns, depth, of_scale, stride_x, stride_w, stride_z, stride_residual, eps, EPILOGUE,
+                ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT, ROWS, TAIL, COLUMNS, SLICE,
+                STEP, WHOLE, TMA, PRECISION,
             )  # fmt: skip
         else:
             _tile(
@@ -351,7 +348,8 @@ def product(
 @triton.jit(do_not_specialize=["rows", "of_part"])
 def weight_gradient(
     dz, x, columns_of_row, products, totals, rows, of_part, outputs, channels, stride_dz, stride_x,
-    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz^T x of a part of the rows, into `products` [parts, outputs, channels].
 
@@ -394,9 +392,9 @@ def add_parts(
 ):  # fmt: skip
     """The gradients of weight and bias, and, for OUTPUTS rows of the weight, those of gamma and beta.
 
-    From dz^T x (`products`) and dz^T of [mean in three numbers, 1 in three] (`totals`): with MEANS the mean is
-    taken off here. With gamma, dW = dW' gamma + db beta, and `of_norm` [tiles, 2, channels] gets the sums over
-    the rows of dW' W and db W.
+    From dz^T x (`products`) and dz^T of [mean in three numbers, 1 in three] (`totals`): with MEANS the mean
+    is taken off here. With gamma, dW = dW' gamma + db beta, and `of_norm` [tiles, 2, channels] gets the sums
+    over the rows of dW' W and db W.
     """
     tiles = tl.cdiv(channels, CHANNELS)
     tile = tl.program_id(0) // tiles
@@ -414,14 +412,15 @@ def add_parts(
     if MEANS:
         total -= tl.sum(tl.where(c < 3, beside, 0.0), 1)[:, None]
     if gamma is not None:
-        w = tl.load(weight + j.to(tl.int64)[:, None] * channels + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = j.to(tl.int64)[:, None] * channels + k[None, :]
+        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         to = of_norm + tile.to(tl.int64) * 2 * channels + k
         tl.store(to, _sum_of_products(total, w, 0), mask=k < channels)
         tl.store(to + channels, _sum_of_products(w, of_bias[:, None], 0), mask=k < channels)
         total *= tl.load(gamma + k, mask=k < channels, other=0.0).to(tl.float32)[None, :]
         if beta is not None:
-            total += of_bias[:, None] * tl.load(beta + k, mask=k < channels, other=0.0).to(tl.float32)[None, :]
+            shift = tl.load(beta + k, mask=k < channels, other=0.0).to(tl.float32)
+            total += of_bias[:, None] * shift[None, :]
     tl.store(dw + j.to(tl.int64)[:, None] * channels + k[None, :], total, mask=inside)
     if db is not None:
-        if tl.program_id(0) % tiles == 0:
-            tl.store(db + j, of_bias, mask=j < outputs)
+        tl.store(db + j, of_bias, mask=(j < outputs) & (tl.program_id(0) % tiles == 0))

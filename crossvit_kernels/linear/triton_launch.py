@@ -101,7 +101,8 @@ def normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor
     height, block = _block(x.shape[1])
     with on_device_of(x):
         rows_kernels.normalise[-(-x.shape[0] // height),](
-            *(x, found, hat, *x.shape, x.stride(0), eps), **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS}
+            *(x, found, hat, *x.shape, x.stride(0), eps),
+            **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS},
         )
     return hat, found
 
@@ -157,7 +158,11 @@ def product(
             *(0 if m is None else m.stride(0) for m in (z, residual)),
             eps,
             **{"EPILOGUE": epilogue, "ACTIVATION": activation, "NORM": colsum is not None, "SCALED": scaled},
-            **{"TRANSPOSED": transposed, "PARTS": parts, "PART": 0 if statistics is None else statistics.part},
+            **{
+                "TRANSPOSED": transposed,
+                "PARTS": parts,
+                "PART": 0 if statistics is None else statistics.part,
+            },
             **{"SUMS": sums.shape[0] if epilogue == "norm_gradient" and sums is not None else 0},
             **{"OUT": _DTYPES[y.dtype], "ROWS": tiles.rows, "COLUMNS": tiles.columns, "TAIL": tail},
             **{"SLICE": tiles.slice, "STEP": step, "WHOLE": depth % step == 0, "TMA": tiles.tma},
@@ -203,14 +208,17 @@ def gradient_of_rows(
             *(dz, sums, beside, rows, outputs, channels, 1 if scale is None else rows // scale.shape[0]),
             *(dy.stride(0), 0.0 if norm is None else norm.eps),
             **{"ACTIVATION": activation, "NORM": norm is not None, "SCALED": deferred},
-            **{"PARTS": 0 if given is None else given.values.shape[0], "PART": 0 if given is None else given.part},
+            **{
+                "PARTS": 0 if given is None else given.values.shape[0],
+                "PART": 0 if given is None else given.part,
+            },
             **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS},
         )
     return dz, sums, beside
 
 
 def ones_beside(dz: Tensor) -> Tensor:
-    """What `weight_gradient` reads beside x where there is neither a mean nor a deviation: dz^T 1 is dbias."""
+    """What `weight_gradient` reads beside x where neither mean nor deviation is needed: dz^T 1 is dbias."""
     beside = dz.new_zeros((dz.shape[0], 16))
     beside[:, 3] = 1
     return beside
@@ -271,7 +279,9 @@ def _tiles_of(x: Tensor, columns: int, epilogue: str, activation: str | None, de
     large = -(-x.shape[0] // 128) * -(-columns // 128)
     small = large < gpu_of(x.device).multiprocessors
     tma = described and has_tma(architecture)
-    narrow = epilogue == "activation_gradient" or (not tma and (epilogue != "forward" or activation == "gelu"))
+    narrow = epilogue == "activation_gradient" or (
+        not tma and (epilogue != "forward" or activation == "gelu")
+    )
     return tiles_of_product(architecture, x.dtype, x.shape[1], narrow, tma, small)
 
 

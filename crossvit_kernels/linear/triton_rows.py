@@ -101,14 +101,14 @@ def _in_three(x):
 
 @triton.jit(do_not_specialize=["rows", "of_scale"])
 def gradient_of_rows(
-    dy, z, scale, colsum, offset, statistics, dz, sums, beside, rows, outputs, channels, of_scale, stride, eps,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, z, scale, colsum, offset, statistics, dz, sums, beside, rows, outputs, channels, of_scale, stride,
+    eps, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz = scale act'(z) dy [rows, outputs], SCALED by r of each row; dy has rows of `stride`.
 
-    With NORM also m1 and m2 of the rows, into `sums` [1, 2, rows]. SCALED, `beside` [rows, 16] gets the mean and
-    1 / r, three numbers each, for `weight_gradient`.
+    With NORM also m1 and m2 of the rows, into `sums` [1, 2, rows]. SCALED, `beside` [rows, 16] gets the mean
+    and 1 / r, three numbers each, for `weight_gradient`.
     """
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = m < rows
@@ -130,7 +130,8 @@ def gradient_of_rows(
     for start in range(0, outputs, BLOCK):
         j = start + tl.arange(0, BLOCK)
         inside = valid[:, None] & (j < outputs)[None, :]
-        value = tl.load(dy + at * stride + j[None, :], mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+        value = tl.load(dy + at * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        value *= factor[:, None]
         if z is not None:
             before = tl.load(z + at * outputs + j[None, :], mask=inside, other=0.0).to(tl.float32)
             value *= slope(before, ACTIVATION)

@@ -41,7 +41,7 @@ class Tiles:
 
 
 def has_tma(architecture: str) -> bool:
-    """Whether tiles are copied by the TMA unit. (sm_120 has one, but no room for what it is good for here.)"""
+    """Whether tiles are copied by the TMA unit. (sm_120 has one, but no room for what it is good for.)"""
     return nearest(architecture) in ("sm_90", "sm_100")
 
 
@@ -64,7 +64,8 @@ def tiles_of_product(
         step = 64 if depth % 64 == 0 else 32
         return Tiles(64, 64, step, slice_, 4, 3, tma, registers=of_four_warps)
     if tma:
-        # Rows of 128 bytes are what the unit copies best; half of them waste nothing where 64 do not divide K.
+        # Rows of 128 bytes are what the unit copies best; half of them waste nothing where 64 do not divide
+        # K.
         step, stages = (64, 3) if depth % 64 == 0 else (32, 4)
         return Tiles(128, 128, step, slice_, 8, stages, True)
     if amd:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import kernel_preference
 from ..backends import Call, choose
 from ..cross_attention.checks import check_devices_and_dtypes, check_vector, got, matrix_dtype
 from ..library import any_requires_grad
@@ -65,7 +66,9 @@ def patch_embed(
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
     in PyTorch's operators, from the inputs, which are all that is saved: "auto" takes `torch` where a
     gradient is wanted. It does so too where nothing is resized and the weight is not bfloat16, because
-    packing that takes longer than is gained.
+    packing that takes longer than is gained. `triton` has kernels for the gradients, but that of the image is
+    put together by PyTorch, and saves its inputs; "auto" takes it where it is ahead (kernel_preference.py),
+    for now where the image has to be resized or converted.
 
     Dtypes: outside autocast all tensors share one floating-point dtype, a uint8 image aside. Under autocast
     position and cls_token take the dtype of the image, weight and bias take autocast's. Sums are float32 at
@@ -98,6 +101,14 @@ def patch_embed(
     call = Call(device, floating.dtype, weight.dtype, plain=plain_operators_only())
     tensors = (image, weight, bias, position, cls_token)
     wants_gradients = torch.is_grad_enabled() and any_requires_grad(tensors)
+    if kernel_preference.has_a_say(backend, call):
+        backend = kernel_preference.chosen(
+            *("patch_embed", call, image),
+            shape=(weight.shape[-1], weight.shape[0], gpu_op.cuts_first(image, weight, size)),
+            number=image.shape[0],
+            training=wants_gradients,
+            widths=(weight.shape[0],),
+        )
     torch_first = wants_gradients or (size is None and weight.dtype != torch.bfloat16)
     compute = choose("patch_embed", backend, call, TORCH_FIRST if torch_first else IMPLEMENTATIONS)
     with without_autocast(device):  # the operands have the right dtypes

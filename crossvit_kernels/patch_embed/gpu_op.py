@@ -12,6 +12,11 @@ from ..library import any_requires_grad, define, differentiate_by, vjp
 from . import reference
 
 
+def cuts_first(image: Tensor, weight: Tensor, size: Sequence[int] | None) -> bool:
+    """Whether the patches have to be written before they are multiplied."""
+    return image.dtype != weight.dtype or (size is not None and tuple(size) != tuple(image.shape[-2:]))
+
+
 def patch_embed(*args: Any) -> Tensor:
     """As the definition, by Triton's kernels."""
     if torch.is_grad_enabled() and any_requires_grad(args):
@@ -59,7 +64,8 @@ FORWARD = define(
     _forward_fake,
 )
 BACKWARD = define(
-    f"patch_embed_triton_backward(Tensor grad, Tensor image, Tensor weight, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+    f"patch_embed_triton_backward(Tensor grad, Tensor image, Tensor weight, {_OPTIONS}, bool[] wanted) "
+    "-> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -93,7 +99,9 @@ class PatchEmbed(torch.autograd.Function):
                     filled[i] = x
                 return (reference.patch_embed(*filled, *ctx.options),)
 
-            by_place = dict(zip(given, vjp(of_wanted, tuple(tensors[i] for i in given), (grad,)), strict=True))
+            by_place = dict(
+                zip(given, vjp(of_wanted, tuple(tensors[i] for i in given), (grad,)), strict=True)
+            )
             found = [by_place.get(i) for i in range(5)]
         else:
             found = BACKWARD(grad, *tensors[:2], *ctx.options, wanted)

@@ -4,15 +4,16 @@
     cut     the image resized, its bytes standardised, and cut into patches: what `embed` reads instead of an
             image that is not yet as the weight wants it, and what the weight's gradient is a product of
 
-A token is a row: token 0 of each image is the CLS token, whose patch is all zeros, the others are patches of p x p
-pixels. In `embed` they need not be written anywhere: a program finds the pixels of its 128 tokens by themselves,
-row(token) + column(channel, line, pixel of the patch), in runs of p pixels.
+A token is a row: token 0 of each image is the CLS token, whose patch is all zeros, the others are patches of
+p x p pixels. In `embed` they need not be written anywhere: a program finds the pixels of its 128 tokens by
+themselves, row(token) + column(channel, line, pixel of the patch), in runs of p pixels.
 
                  3 p p, 32 a step
      tokens 128 [ pixels -> ]  @  [ W -> ]ᵀ  channels 128  =  accumulators  ->  | slice | slice |  ->  tokens
 
-`embed` is bound by the bytes of image and tokens on all but the widest models. `cut` interpolates along lines and
-across them one after the other, eight multiplications a pixel instead of sixteen, and is bound by its instructions.
+`embed` is bound by the bytes of image and tokens on all but the widest models. `cut` interpolates along lines
+and across them one after the other, eight multiplications a pixel instead of sixteen, and is bound by its
+instructions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def _row_of(token, tokens, patches_a_line, stride_image, stride_line, stride_pix
     """Where the patch of each token begins; that of a CLS token is the first one's."""
     patch = tl.maximum(token % tokens - 1, 0)
     line, pixel = patch // patches_a_line * SIDE, patch % patches_a_line * SIDE
-    return (token // tokens).to(tl.int64) * stride_image + line.to(tl.int64) * stride_line + pixel * stride_pixel
+    return (
+        (token // tokens).to(tl.int64) * stride_image + line.to(tl.int64) * stride_line + pixel * stride_pixel
+    )
 
 
 @triton.jit
@@ -47,8 +50,9 @@ def embed(
 ):  # fmt: skip
     """y [rows, channels], contiguous; rows are tokens of all images, `tokens` of each.
 
-    IS_CUT: `image` is [rows, depth] from `cut`, `stride_image` apart. RUN: pixels that lie side by side, at a multiple of their number,
-    from wherever a patch's line is cut at such multiples. WHOLE: depth is a multiple of STEP.
+    IS_CUT: `image` is [rows, depth] from `cut`, `stride_image` apart. RUN: pixels that lie side by side, at a
+    multiple of their number, from wherever a patch's line is cut at such multiples. WHOLE: depth is a
+    multiple of STEP.
     """
     tiles = tl.cdiv(channels, COLUMNS)
     row, column = tl.program_id(0) // tiles * ROWS, tl.program_id(0) % tiles * COLUMNS
@@ -92,14 +96,15 @@ def embed(
 
 @triton.jit(do_not_specialize=["height", "width", "tokens", "patches_a_line"])
 def cut(
-    image, lines, line_weights, pixels, pixel_weights, levels, patches, planes, height, width, old_width, tokens,
-    patches_a_line, stride_image, stride_plane, stride_line, stride_pixel,
-    SIDE: tl.constexpr, RESIZED: tl.constexpr, LINES: tl.constexpr, PIXELS: tl.constexpr, WINDOW: tl.constexpr,
+    image, lines, line_weights, pixels, pixel_weights, levels, patches, planes, height, width, old_width,
+    tokens, patches_a_line, stride_image, stride_plane, stride_line, stride_pixel, SIDE: tl.constexpr,
+    RESIZED: tl.constexpr, LINES: tl.constexpr, PIXELS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """[B * tokens, planes * SIDE * SIDE]; the rows of the CLS tokens are left as they are.
 
-    height, width: of the whole patches. RESIZED: by the four `lines` and `pixels` [4, …] that each one is the sum
-    of; those of PIXELS pixels side by side lie within WINDOW, which begins at a multiple of 8. levels: None, or [2, planes], what a byte is multiplied by, and what is added.
+    height, width: of the whole patches. RESIZED: by the four `lines` and `pixels` [4, …] that each one is the
+    sum of; those of PIXELS pixels side by side lie within WINDOW, which begins at a multiple of 8. levels:
+    None, or [2, planes], what a byte is multiplied by, and what is added.
     """
     of_height, of_width = tl.cdiv(height, LINES), tl.cdiv(width, PIXELS)
     tile, plane = tl.program_id(0) % (of_height * of_width), tl.program_id(0) // (of_height * of_width)

@@ -19,12 +19,8 @@ from ..linear.triton_table import tiles_of_product
 from ..validation import precision_of_float32
 from . import bicubic
 from . import triton_kernels as kernels
+from .gpu_op import cuts_first
 from .native import levels
-
-
-def cuts_first(image: Tensor, weight: Tensor, size: Sequence[int] | None) -> bool:
-    """Whether the patches have to be written before they are multiplied."""
-    return image.dtype != weight.dtype or (size is not None and tuple(size) != tuple(image.shape[-2:]))
 
 
 def forward(
@@ -38,7 +34,8 @@ def forward(
     std: Sequence[float] | None,
 ) -> Tensor:
     """y [B, 1 + P, C], as the definition."""
-    batch, (height, width), side = image.shape[0], size or image.shape[-2:], weight.shape[-1]
+    batch, side = image.shape[0], weight.shape[-1]
+    width = image.shape[-1] if size is None else size[1]
     tokens, channels = position.shape
     y = position.new_empty((batch, tokens, channels))
     if y.numel() == 0:
@@ -57,7 +54,14 @@ def forward(
     limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     with on_device_of(image):
         kernels.embed[-(-rows // tiles.rows) * -(-channels // tiles.columns),](
-            *(pixels, matrix, None if bias is None else bias.contiguous(), position, cls_token.contiguous(), y),
+            *(
+                pixels,
+                matrix,
+                None if bias is None else bias.contiguous(),
+                position,
+                cls_token.contiguous(),
+                y,
+            ),
             *(rows, channels, depth, tokens, width // side, *strides, matrix.stride(0), position.stride(0)),
             **{"SIDE": side, "RUN": 1 if is_cut else _run(pixels, side), "IS_CUT": is_cut},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns, "SLICE": tiles.slice, "STEP": tiles.step},
@@ -110,15 +114,15 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of image, weight, bias, position and CLS token, where they are wanted.
 
-    Position and CLS token are sums over the images, which PyTorch has; so is what a patch has to be taken apart
-    into, and the transposed interpolation, two products with its few numbers a line.
+    Position and CLS token are sums over the images, which PyTorch has; so is what a patch has to be taken
+    apart into, and the transposed interpolation, two products with its few numbers a line.
     """
-    batch, tokens, channels = grad.shape
-    side, found = weight.shape[-1], [None] * 5
-    results: list[Tensor | None] = list(found)
+    batch, tokens, _ = grad.shape
+    side = weight.shape[-1]
+    results: list[Tensor | None] = [None] * 5
     if wanted[3] or wanted[4]:
-        results[3] = grad.sum(0, dtype=torch.float32).to(grad.dtype)
-        results[4] = results[3][0]
+        of_position = grad.sum(0, dtype=torch.float32).to(grad.dtype)
+        results[3], results[4] = of_position, of_position[0]
     dz = linear_launch.rows_of(grad.to(weight.dtype))
     if wanted[1] or wanted[2]:
         patches = cut(image, side, weight.dtype, size, mean, std)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernel_preference
 from ..backends import Call, choose
 from ..cross_attention.checks import check_heads, check_probability, got, matrix_dtype
 from ..library import any_requires_grad
@@ -25,7 +26,7 @@ __all__ = ["self_attention"]
 IMPLEMENTATIONS: dict[str, Callable] = {
     "cpu": op.self_attention,
     "torch": reference.fused,
-    "triton": gpu_op.self_attention,  # by name, until a GPU has shown where it is ahead of PyTorch's
+    "triton": gpu_op.self_attention,
     "reference": reference.output,
 }
 # PyTorch's fused operator has a backward of its own; that of `cpu` computes the definition once more.
@@ -87,7 +88,8 @@ def self_attention(
 
     The backends `cpu` and `triton` take positive scales; they have neither dropout nor the attention to
     return, and `torch` (F.scaled_dot_product_attention) has neither of these two: "auto" then takes
-    `reference`. `triton` takes heads of 16, 32, … 128 channels, on GPUs, and is taken by name only.
+    `reference`. `triton` takes heads of 16, 32, … 128 channels, on GPUs; "auto" takes it where it is ahead of
+    PyTorch's (kernel_preference.py).
 
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
     in PyTorch's operators, from qkv, which is all that is saved: "auto" takes `torch` where a gradient is
@@ -134,6 +136,15 @@ def self_attention(
         against=tuple(against),
     )
     wants_gradients = torch.is_grad_enabled() and any_requires_grad((qkv,))
+    if kernel_preference.has_a_say(backend, call):
+        backend = kernel_preference.chosen(
+            *("self_attention", call, qkv),
+            shape=(qkv.shape[1], head_channels),
+            number=qkv.shape[0] * num_heads,
+            training=wants_gradients,
+            widths=(channels,),
+            heads=(num_heads,),
+        )
     torch_first = wants_gradients or (device == "cpu" and qkv.shape[1] > _LONGEST_ON_CPU)
     implementations = WITH_GRADIENTS if torch_first else IMPLEMENTATIONS
     compute = choose("self_attention", backend, call, implementations)

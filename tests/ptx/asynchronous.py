@@ -374,6 +374,7 @@ class TensorMap(bytes):
         made.fields = fields
         return made
 
+
 FIELDS = (
     "global_address rank box_dim global_dim global_stride element_stride elemtype interleave_layout "
     "swizzle_mode fill_mode"

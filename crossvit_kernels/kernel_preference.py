@@ -1,0 +1,81 @@
+"""Where "auto" takes Triton's kernels for the layers of a block on a GPU, and where PyTorch's operators.
+
+PyTorch has good kernels for all of these, so that Triton's are taken where they are known or predicted to be
+ahead. `_MEASURED` comes from measurements on GPUs, and goes before the predictions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .backends import BACKENDS, Call, selected
+from .cross_attention.gpu import gpu_of
+
+Shape = tuple[int | str | bool, ...]
+
+# (architecture, operation, shape, training, dtype of the matrices) -> rows of (largest number, whether
+# Triton's kernels are ahead). Shapes and numbers are those of `predicted`; the last row stands for greater
+# numbers too. Written by benchmarks/block_preference.py from here to the end of the braces.
+_MEASURED: dict[tuple[str, str, Shape, bool, torch.dtype], tuple[tuple[int, bool], ...]] = {}
+
+
+def predicted(architecture: str, operation: str, shape: Shape, number: int, training: bool) -> bool:
+    """By the static model (docs/triton.md), for bfloat16 and forward alone; nowhere else is it sure enough.
+
+    operation, shape, number:
+        "linear", (C_in, C_out, epilogue), rows: where a GELU would be a pass of its own over its output.
+        "self_attention", (N, d), heads of all images: where much of a library's tiles would be padding.
+        "patch_embed", (side of a patch, C, whether the image is written anew), images: where it is resized.
+    """
+    if training or architecture != "sm_90":
+        return False
+    if operation == "linear":
+        return shape[2] == "norm, gelu" and number >= 16_384
+    if operation == "self_attention":
+        tokens, channels = shape
+        return (tokens, channels) in ((197, 64), (401, 32)) and number >= 896
+    return bool(shape[2]) and number >= 16
+
+
+def ahead(
+    architecture: str, operation: str, shape: Shape, number: int, training: bool, dtype: torch.dtype
+) -> bool:
+    """Whether Triton's kernels are ahead: as measured on this architecture, else as predicted."""
+    rows = _MEASURED.get((architecture, operation, shape, training, dtype))
+    if rows is None:
+        return dtype == torch.bfloat16 and predicted(architecture, operation, shape, number, training)
+    return next((found for largest, found in rows if number <= largest), rows[-1][1])
+
+
+def has_a_say(requested: str, call: Call) -> bool:
+    """Whether `chosen` is to be asked: "auto" on a GPU, but torch.compile is left with PyTorch's operators."""
+    automatic = (selected() if requested == "auto" else requested) == "auto"
+    return (
+        automatic and call.device in (BACKENDS["triton"].devices or ()) and not torch.compiler.is_compiling()
+    )
+
+
+def chosen(
+    operation: str,
+    call: Call,
+    x: Tensor,
+    *,
+    shape: Shape,
+    number: int,
+    training: bool,
+    widths: tuple[int, ...],
+    heads: tuple[int, ...] = (),
+) -> str:
+    """ "triton" where its kernels are ahead, can take the call and are right, else "auto".
+
+    They are tried for `widths` and `heads`.
+    """
+    architecture = f"sm_{gpu_of(x.device).capability}"
+    if not ahead(architecture, operation, shape, number, training, call.weights):
+        return "auto"
+    if BACKENDS["triton"].reasons_against(call):
+        return "auto"
+    kind = validation.Kind(operation, x.device, widths, heads, call.tokens, call.weights)
+    return "triton" if validation.trusted("triton", kind, training) else "auto"
