@@ -50,7 +50,7 @@ def ahead(
 
 
 def has_a_say(requested: str, call: Call) -> bool:
-    """Whether `chosen` is to be asked: "auto" on a GPU, but torch.compile is left with PyTorch's operators."""
+    """Whether `chosen` is to be asked: "auto" on a GPU; torch.compile keeps PyTorch's operators."""
     automatic = (selected() if requested == "auto" else requested) == "auto"
     return (
         automatic and call.device in (BACKENDS["triton"].devices or ()) and not torch.compiler.is_compiling()

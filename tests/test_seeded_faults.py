@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.block_faults import ATTENTION_FAULTS, LINEAR_FAULTS, PATCH_FAULTS
 from tests.contract import needs_module
 from tests.cuda_faults import CUDA_FAULTS
 from tests.native_builds import build, copy_project, run_tests
 from tests.program_faults import PROGRAM_FAULTS
 from tests.seeded_faults import FAULTS, Fault
-from tests.triton_faults import ATTENTION_FAULTS, TRITON_FAULTS
+from tests.triton_faults import TRITON_FAULTS
 
 SAMPLE = 3
 GPU_SAMPLE = 2
@@ -31,10 +32,16 @@ PROGRAMS = [
     "not frozen or every_shape or bytes or batches or threads",
 ]
 TELLING = "(every_kernel or everything or more_than_one or 16_bits or nearly or tf32)"
-GPU_TESTS = {
-    "triton": ["tests/test_gpu_kernels.py", "-k", f"triton and {TELLING}"],
-    "self_attention": ["tests/test_triton_attention.py", "-m", "not interpreted"],
-    "cuda": ["tests/test_cuda.py", "tests/test_gpu_kernels.py", "-k", f"cuda and {TELLING} or not_finite"],
+# Faults of the GPU kernels, and what is run against them.
+GPU_FAULTS = {
+    "triton": (TRITON_FAULTS, ["tests/test_gpu_kernels.py", "-k", f"triton and {TELLING}"]),
+    "cuda": (
+        CUDA_FAULTS,
+        ["tests/test_cuda.py", "tests/test_gpu_kernels.py", "-k", f"cuda and {TELLING} or not_finite"],
+    ),
+    "self_attention": (ATTENTION_FAULTS, ["tests/test_triton_attention.py", "-m", "not interpreted"]),
+    "linear": (LINEAR_FAULTS, ["tests/test_triton_linear.py", "-m", "not interpreted"]),
+    "patch_embed": (PATCH_FAULTS, ["tests/test_triton_patches.py", "-m", "not interpreted"]),
 }
 
 
@@ -82,28 +89,30 @@ def test_every_fault_is_caught(fault, tmp_path, monkeypatch):
     assert caught, f"no test noticed that {fault.what}"
 
 
-def fault_is_noticed(fault: Fault, root: Path) -> bool:
+def fault_is_noticed(fault: Fault, root: Path, tests: Sequence[str]) -> bool:
     copy_project(root, fault)
-    tests = "cuda" if fault in CUDA_FAULTS else "triton" if fault in TRITON_FAULTS else "self_attention"
-    done = run_tests(root, GPU_TESTS[tests])
+    done = run_tests(root, tests)
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode == 1
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
-    ("faults", "index"),
-    [(faults, i) for faults in (TRITON_FAULTS, CUDA_FAULTS) for i in range(GPU_SAMPLE)],
-    ids=[f"{backend}-{i}" for backend in ("triton", "cuda") for i in range(GPU_SAMPLE)],
+    ("kernels", "index"), [(kernels, i) for kernels in GPU_FAULTS for i in range(GPU_SAMPLE)]
 )
-def test_a_fault_of_the_gpu_kernels_is_caught(faults, index, tmp_path):
+def test_a_fault_of_the_gpu_kernels_is_caught(kernels, index, tmp_path):
+    faults, tests = GPU_FAULTS[kernels]
     fault = random.Random(SEED).sample(faults, GPU_SAMPLE)[index]
-    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
+    noticed = fault_is_noticed(fault, tmp_path, tests)
+    assert noticed, f"no test noticed that {fault.what} (FAULT_SEED={SEED})"
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "fault", [*TRITON_FAULTS, *CUDA_FAULTS, *ATTENTION_FAULTS], ids=lambda fault: fault.what
+    ("kernels", "fault"),
+    [(kernels, fault) for kernels, (faults, _) in GPU_FAULTS.items() for fault in faults],
+    ids=lambda x: x if isinstance(x, str) else x.what,
 )
-def test_every_fault_of_the_gpu_kernels_is_caught(fault, tmp_path):
-    assert fault_is_noticed(fault, tmp_path), f"no test noticed that {fault.what}"
+def test_every_fault_of_the_gpu_kernels_is_caught(kernels, fault, tmp_path):
+    noticed = fault_is_noticed(fault, tmp_path, GPU_FAULTS[kernels][1])
+    assert noticed, f"no test noticed that {fault.what}"
