@@ -20,8 +20,8 @@ from rich.table import Table
 
 from crossvit.variants import VARIANTS
 
-from . import compiled_cuda, time_model
-from .compiled import ARCHITECTURES, Case, Resources, compile_case, cuobjdump, triton_tool
+from . import compiled_cuda, compiled_layers, layer_model, time_model
+from .compiled import ARCHITECTURES, Case, Layer, Resources, compile_case, cuobjdump, triton_tool
 
 PAGE = Path(__file__).parents[1] / "docs/compile_table.md"
 ATTENTION = "attend|attend_backward"
@@ -36,8 +36,13 @@ FLOAT32 = (
 
 NUMBERS = ("registers", "stack", "local", "shared", "instructions", "tensor", "wide", "blocks")
 COLUMNS = ("kernel", "target", "widths", "dtypes", *NUMBERS, "verdict")
-TITLES = {"triton": "The Triton kernels", "cuda": "The CUDA kernels"}
+TITLES = {
+    "triton": "The Triton kernels",
+    "cuda": "The CUDA kernels",
+    "layers": "The Triton kernels of a block's layers",
+}
 PREDICTIONS = "Predictions"
+PREDICTIONS_OF_LAYERS = "Predictions for a block's layers"
 INTRODUCTION = """\
 # What the kernels for GPUs compile to
 
@@ -53,7 +58,8 @@ Written by `python -m benchmarks.compile_table --write`; no GPU is involved.
   the target can have, and, for 16-bit matrices, products on the tensor cores and accesses of 16 bytes. Of the
   CUDA kernels, tf32 too is for the tensor cores, each kernel over the tokens has accesses of 16 bytes, and
   two of its blocks run at once where they have four warps and shared memory allows. The CUDA kernels beside
-  them are listed once for each product: they are the same at all widths."""
+  them are listed once for each product: they are the same at all widths. The kernels of a block's layers are
+  those of crossvit_18, each listed with the first layer that needs it."""
 
 
 def widths_of_variants() -> dict[tuple[int, int], int]:
@@ -65,6 +71,7 @@ def verdict(found: Resources) -> str:
     """Whether a kernel keeps within its budget; "ok", or what does not."""
     architecture = ARCHITECTURES[found.architecture]
     faults = []
+    layer = isinstance(found.case, Layer)
     if found.stack or found.local:
         faults.append("local memory")
     if found.shared > architecture.shared_of_block:
@@ -74,10 +81,13 @@ def verdict(found: Resources) -> str:
     elif found.blocks < (designed := designed_blocks(found)):
         faults.append(f"{found.blocks} of {designed} blocks")
     is_cuda, sixteen_bits = bool(found.instance), found.case.weights != "fp32"
-    has_products = found.kernel not in ("cls_backward", "add_attention_sums")
-    if has_products and not found.tensor and (sixteen_bits or (is_cuda and found.case.tf32)):
+    if isinstance(found.case, Layer):
+        has_products, tf32 = found.kernel.split()[0] in compiled_layers.WITH_PRODUCTS, False
+    else:
+        has_products, tf32 = found.kernel not in ("cls_backward", "add_attention_sums"), found.case.tf32
+    if has_products and not found.tensor and (sixteen_bits or (is_cuda and tf32)):
         faults.append("no tensor cores")
-    if not found.wide and (_reads_tokens(found) if is_cuda else sixteen_bits):
+    if not found.wide and (_reads_tokens(found) if is_cuda else sixteen_bits and (has_products or not layer)):
         faults.append("no 16-byte access")
     return ", ".join(faults) or "ok"
 
@@ -125,7 +135,13 @@ def rows(
     backend: str, architectures: Sequence[str], chosen: Sequence[Case], only: str | None, progress: Progress
 ) -> Iterator[Resources]:
     """Compiles; for one case after another, so that a run that ends early has whole cases."""
-    task = progress.add_task("compiling", total=len(architectures) * len(chosen))
+    task = progress.add_task("compiling", total=len(architectures) * (len(chosen) or 1))
+    if backend == "layers":
+        for architecture in architectures:
+            progress.update(task, description=f"layers {architecture}")
+            yield from compiled_layers.compile_layers(compiled_layers.layers_of_crossvit_18(), architecture)
+            progress.advance(task)
+        return
     listed: set[tuple] = set()
     for case in chosen:
         for architecture in architectures:
@@ -182,7 +198,9 @@ def rewritten(page: str, new: dict[str, str]) -> str:
     """The page with these sections, by their titles, in place of its own, and all others as they are."""
     parts = re.split(r"(?m)^## (.*)\n", page)
     old = dict(zip(parts[1::2], (text.strip("\n") for text in parts[2::2]), strict=True))
-    titles = [title for title in (*TITLES.values(), PREDICTIONS) if title in {**old, **new}]
+    titles = [
+        title for title in (*TITLES.values(), PREDICTIONS, PREDICTIONS_OF_LAYERS) if title in {**old, **new}
+    ]
     return "\n\n".join([INTRODUCTION, *(f"## {t}\n\n{new.get(t, old.get(t))}" for t in titles)]) + "\n"
 
 
@@ -207,7 +225,7 @@ def _list(text: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a kernel is over its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_table", description=__doc__)
-    parser.add_argument("--backend", choices=["triton", "cuda", "both"], default="both")
+    parser.add_argument("--backend", choices=[*TITLES, "all"], default="all")
     parser.add_argument("--arch", type=_list, default=list(ARCHITECTURES), help="80,90,gfx942")
     parser.add_argument("--widths", type=_list, default=[], help="96/192 is a fusion, 448 a cross-attention")
     parser.add_argument(
@@ -222,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help="write docs/compile_table.md")
     options = parser.parse_args(arguments)
-    backends = list(TITLES) if options.backend == "both" else [options.backend]
+    backends = list(TITLES) if options.backend == "all" else [options.backend]
     for backend in backends:
         if reason := missing(backend):
             print(f"{backend} kernels cannot be compiled here: {reason}", file=sys.stderr)
@@ -235,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {backend: compiled(backend, architectures, widths, options) for backend in backends}
     if options.write:
         write({TITLES[backend]: section(backend, of_backend) for backend, of_backend in found.items()})
-        if not any(map(missing, TITLES)):
+        if "layers" in found:
+            write({PREDICTIONS_OF_LAYERS: layer_model.page()})
+        if found.keys() - {"layers"} and not any(map(missing, TITLES)):
             write({PREDICTIONS: time_model.page()})
     return int(any(verdict(r) != "ok" for of_backend in found.values() for r in of_backend))
 
@@ -249,7 +269,7 @@ def compiled(
         architectures = [a for a in architectures if a in compiled_cuda.CODES]
     found = []
     table = Table(*COLUMNS, title=None)
-    chosen = list(cases(widths, options.dtypes, backend))
+    chosen = [] if backend == "layers" else list(cases(widths, options.dtypes, backend))
     with Progress(console=console, transient=True) as progress:
         for row in rows(backend, architectures, chosen, options.kernels, progress):
             found.append(row)

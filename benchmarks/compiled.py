@@ -109,6 +109,22 @@ class Case:
         return "/".join(map(str, self.widths))
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a block to compile for, in one dtype; `label` names it with its widths."""
+
+    label: str
+    dtype: str = "bf16"
+
+    @property
+    def dtypes(self) -> str:
+        return f"{self.dtype}/{self.dtype}"
+
+    @property
+    def weights(self) -> str:
+        return self.dtype
+
+
 @dataclass
 class Resources:
     """What a compiled kernel takes: registers and stack bytes of a thread, shared bytes of a block.
@@ -120,7 +136,7 @@ class Resources:
 
     kernel: str
     architecture: str
-    case: Case
+    case: Case | Layer
     registers: int
     stack: int
     shared: int
@@ -376,7 +392,7 @@ def prepared(case: Case, batch: int = 2, patches: Patches = None) -> Callable[[]
     return call
 
 
-def resources(kernel: Any, architecture: str, case: Case) -> Resources:
+def resources(kernel: Any, architecture: str, case: Case | Layer) -> Resources:
     """Of one compiled kernel."""
     if ARCHITECTURES[architecture].is_amd:
         registers, stack, opcodes = parse_amdgcn(kernel.asm["amdgcn"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -203,20 +203,46 @@ def _by_triton(
     case: Case, architecture: str, multiprocessors: int, patches: Patches, only: str
 ) -> dict[str, Executed]:
     from crossvit_kernels.cross_attention import triton_launch
-    from crossvit_kernels.cross_attention.gpu import Gpu
     from crossvit_kernels.cross_attention.triton_table import configuration
+
+    with mock.patch.object(
+        triton_launch,
+        "configuration",
+        lambda directions, backward, *_: configuration(directions, backward, architecture),
+    ):
+        run = launched_by(prepared(case, 1, patches), architecture, multiprocessors, triton_launch, only)
+    return {launch.name: executed for launch, executed in run}
+
+
+def launched_by(
+    call: Callable[[], object], architecture: str, multiprocessors: int, launcher: Any, only: str = ".*"
+) -> list[tuple[Any, Executed]]:
+    """Each Triton launch of a call whose kernel's name `only` matches whole, as the interpreter records it.
+
+    launcher: the module that asks `gpu_of` for the GPU, which has so many multiprocessors.
+    """
+    from crossvit_kernels.cross_attention.gpu import Gpu
     from tests.ptx import triton_driver
 
     binaries: dict[str, bytes] = {}
     load, run = triton_driver._Utilities.load_binary, triton_driver.Launcher._run
+    found: list[tuple[Any, Executed]] = []
 
     def keep(self: Any, name: str, binary: bytes, *rest: Any) -> Any:
-        binaries[name] = binary
+        binaries[self._loading.kernel.hash] = binary
         return load(self, name, binary, *rest)
 
     def run_some(self: Any, grid: Any, kernel: Any, arguments: Any) -> None:
-        if re.fullmatch(only, kernel.name):
+        if not re.fullmatch(only, kernel.name):
+            return
+        with counting() as counts:
             run(self, grid, kernel, arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "cubin")
+            cubin.write_bytes(binaries[kernel.hash])
+            code = parse_lines(_sections.__wrapped__(cubin)[kernel.name])
+        opcodes, of_warps = _executed(counts[kernel.name], kernel.ptx, kernel.name, code)
+        found.append((recorder.launches[-1], Executed(opcodes, of_warps, int(np.prod(grid)), overlaps=False)))
 
     capability, shared = int(architecture.removeprefix("sm_")), ARCHITECTURES[architecture].shared_of_block
     gpu = Gpu(capability, multiprocessors, shared)
@@ -224,22 +250,8 @@ def _by_triton(
         mock.patch.dict(triton_driver.PROPERTIES, {capability: (shared, multiprocessors)}),
         mock.patch.object(triton_driver._Utilities, "load_binary", keep),
         mock.patch.object(triton_driver.Launcher, "_run", run_some),
-        mock.patch.object(triton_launch, "gpu_of", return_value=gpu),
-        mock.patch.object(
-            triton_launch,
-            "configuration",
-            lambda directions, backward, *_: configuration(directions, backward, architecture),
-        ),
+        mock.patch.object(launcher, "gpu_of", return_value=gpu),
         triton_driver.interpreted(capability, races=False) as recorder,
-        counting() as counts,
     ):
-        prepared(case, 1, patches)()
-    found = {}
-    for launch in recorder.launches:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "cubin")
-            cubin.write_bytes(binaries[launch.name])
-            code = parse_lines(_sections.__wrapped__(cubin)[launch.name])
-        opcodes, of_warps = _executed(counts[launch.name], launch.ptx, launch.name, code)
-        found[launch.name] = Executed(opcodes, of_warps, int(np.prod(launch.grid)), overlaps=False)
+        call()
     return found

@@ -182,7 +182,7 @@ LINEAR_FAULTS = tuple(
             "scale + (m + 1) // of_scale",
         ),
         ("the weight's gradient keeps the mean", _LINEAR, "if MEANS:", "if MEANS and False:"),
-        ("the bias' gradient is another column's", _LINEAR, "(c >= 3) & (c < 6)", "(c >= 2) & (c < 5)"),
+        ("the bias' gradient is another column's", _LINEAR, "(c >= 3) & (c < 6)", "(c >= 4) & (c < 6)"),
         (
             "one part of the rows is left out",
             _LINEAR,

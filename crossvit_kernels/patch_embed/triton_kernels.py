@@ -25,20 +25,23 @@ from ..linear.triton_kernels import slices_of
 
 
 @triton.jit
-def _row_of(token, tokens, patches_a_line, stride_image, stride_line, stride_pixel, SIDE: tl.constexpr):
-    """Where the patch of each token begins; that of a CLS token is the first one's."""
+def _row_of(
+    token, tokens, patches_a_line, stride_image, stride_line, stride_pixel,
+    SIDE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Where the patch of each token begins, a multiple of RUN; that of a CLS token is the first one's."""
     patch = tl.maximum(token % tokens - 1, 0)
     line, pixel = patch // patches_a_line * SIDE, patch % patches_a_line * SIDE
-    return (
-        (token // tokens).to(tl.int64) * stride_image + line.to(tl.int64) * stride_line + pixel * stride_pixel
-    )
+    at = (token // tokens).to(tl.int64) * stride_image + line.to(tl.int64) * stride_line
+    return tl.multiple_of(at + pixel * stride_pixel, RUN)
 
 
 @triton.jit
-def _column_of(k, stride_plane, stride_line, stride_pixel, SIDE: tl.constexpr):
-    """Where element k of a patch lies in it: channel by channel, line by line."""
+def _column_of(k, stride_plane, stride_line, stride_pixel, SIDE: tl.constexpr, RUN: tl.constexpr):
+    """Where element k of a patch lies in it, channel by channel, line by line; RUN of them side by side."""
     plane, line, pixel = k // (SIDE * SIDE), k // SIDE % SIDE, k % SIDE
-    return plane * stride_plane + line * stride_line + pixel * stride_pixel
+    at = plane * stride_plane + line * stride_line + pixel * stride_pixel
+    return tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "patches_a_line"])
@@ -62,18 +65,13 @@ def embed(
     if IS_CUT:
         at_rows = first.to(tl.int64) * stride_image
     else:
-        at_rows = _row_of(first, tokens, patches_a_line, stride_image, stride_line, stride_pixel, SIDE)
-        at_rows = tl.multiple_of(at_rows, RUN)
+        at_rows = _row_of(first, tokens, patches_a_line, stride_image, stride_line, stride_pixel, SIDE, RUN)
     steps = tl.arange(0, STEP)
     at_w = weight + tl.minimum(n, channels - 1).to(tl.int64)[:, None] * stride_weight + steps[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, depth, STEP, loop_unroll_factor=1):
         k = start + steps
-        if IS_CUT:
-            at = k
-        else:
-            at = _column_of(k, stride_plane, stride_line, stride_pixel, SIDE)
-            at = tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
+        at = k if IS_CUT else _column_of(k, stride_plane, stride_line, stride_pixel, SIDE, RUN)
         inside = is_patch[:, None] if WHOLE else is_patch[:, None] & (k < depth)[None, :]
         pixels = tl.load(image + at_rows[:, None] + at[None, :], mask=inside, other=0.0)
         of_w = tl.load(at_w) if WHOLE else tl.load(at_w, mask=(k < depth)[None, :], other=0.0)
