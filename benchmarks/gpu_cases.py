@@ -209,14 +209,14 @@ def measure(
     if case.subject.kernel_alone:
         samples = {}
         for name in OURS:
-            with _failing(results[name]):
+            with failing(results[name]):
                 kernel = attention_kernel(case.trains)
                 samples[name] = gpu_timing.kernel_seconds(calls[name], kernel, ROUNDS, cold)
     else:
         exact = [x.detach().double().requires_grad_(case.trains) for x in tensors]
         want = call(lambda x: case.subject.operation.run(x, case.size, "reference"), exact, grads)
         for name in OURS:
-            with _failing(results[name]):
+            with failing(results[name]):
                 results[name]["error"] = error(calls[name](), want)
         del exact, want
         right = {name for name in OURS if results[name].get("error", float("nan")) < BOUNDS[case.dtype]}
@@ -225,7 +225,7 @@ def measure(
         replays: dict[str, Callable[[], object]] = {}
         reasons: dict[str, Result] = {name: {} for name in calls if name not in OURS}
         for name in [name for name in calls if name not in OURS or name in right]:
-            with _failing({**results, **reasons}[name]):
+            with failing({**results, **reasons}[name]):
                 replays[name] = gpu_timing.capture(calls[name])
         samples = gpu_timing.in_turn(replays, ROUNDS, lambda replay: gpu_timing.seconds(replay, cold))
         for result in results.values():
@@ -242,7 +242,7 @@ def measure(
 
 
 @contextmanager
-def _failing(result: Result) -> Iterator[None]:
+def failing(result: Result) -> Iterator[None]:
     """What is raised within it is kept in the result."""
     try:
         yield

@@ -46,6 +46,7 @@ from benchmarks.gpu_cases import (
     measure,
     of_backend,
 )
+from benchmarks.gpu_layer_cases import LAYER_CASES, measure_layer, tensors_of
 from crossvit_kernels import native
 from crossvit_kernels.check import check_all
 from tests.operations import OPERATIONS, Size
@@ -53,6 +54,9 @@ from tests.operations import OPERATIONS, Size
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "docs" / "hardware.md"
 RESULTS = ROOT / "benchmarks" / "results" / "hardware"
+
+COPY, COPY_IN_CACHE = "copy from device to device", "copy within the L2 cache"
+LAYERS = ("linear", "self_attention", "patch_embed")
 
 SECONDS = 460.0  # of the whole command
 GRACE = 15.0  # more, from the interruption of a process to its end
@@ -67,6 +71,7 @@ def compile_kernels() -> None:
     cases = [case for case in CASES if case.trains and not case.subject.kernel_alone]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         jobs = [pool.submit(_check), *(pool.submit(run_once, case, "triton") for case in (*_small(), *cases))]
+        jobs += [pool.submit(run_layer, i) for i, case in enumerate(LAYER_CASES) if case.trains]
         for job in jobs:
             job.result()
 
@@ -77,6 +82,14 @@ def _check() -> None:
 
 def run_once(case: Case, backend: str) -> None:
     call(functions(case)[backend], *draw(case, "cuda"))
+    torch.cuda.synchronize()
+
+
+def run_layer(index: int) -> None:
+    case = LAYER_CASES[index]
+    tensors, grads = tensors_of(case, "cuda")
+    wanted = [x for x in tensors if x.requires_grad]
+    torch.autograd.grad([case.run(tensors, "triton")], wanted, grads)
     torch.cuda.synchronize()
 
 
@@ -100,7 +113,8 @@ def measure_all() -> None:
         print(json.dumps({"name": name, **result}), flush=True)
 
     bandwidth = gpu_timing.copy_bandwidth()
-    report("copy from device to device", {"bytes_per_second": bandwidth})
+    report(COPY, {"bytes_per_second": bandwidth})
+    report(COPY_IN_CACHE, {"bytes_per_second": gpu_timing.cache_bandwidth()})
     cold = gpu_timing.ColdCache()
     for case in CASES:
         try:
@@ -110,6 +124,12 @@ def measure_all() -> None:
             results = {backend: failed for backend in OURS}
         for backend, result in results.items():
             report(of_backend(case.name, backend), result)
+        torch.cuda.empty_cache()
+    for layer in LAYER_CASES:
+        try:
+            report(layer.name, measure_layer(layer, bandwidth, cold))
+        except Exception as reason:
+            report(layer.name, {"failed": f"{type(reason).__name__}: {reason}"[:300]})
         torch.cuda.empty_cache()
 
 
@@ -365,13 +385,16 @@ def words(entry: Mapping[str, Any]) -> str:
 def rows() -> list[str]:
     """Every row that this command can fill, in the order of the ledger."""
     checked = [of_backend(o.name, b) for o in OPERATIONS for b in (*OURS, "torch", "reference")]
+    checked += [of_backend(name, b) for name in LAYERS for b in ("triton", "torch", "reference")]
     steps = [step.row for step in _steps()]
     return [
         "layer_norm_statistics (CUDA C++)",
         *checked,
         *steps,
-        "copy from device to device",
+        COPY,
+        COPY_IN_CACHE,
         *(of_backend(case.name, backend) for case in CASES if case.listed for backend in OURS),
+        *(case.name for case in LAYER_CASES),
     ]
 
 
@@ -485,6 +508,7 @@ def run_steps(report: Report) -> bool:
 def run_measurements(report: Report) -> bool:
     """Whether none failed and no result was wrong; prints which targets are met."""
     listed, found = {of_backend(c.name, backend) for c in CASES if c.listed for backend in OURS}, {}
+    listed |= {case.name for case in LAYER_CASES}
 
     def on_line(line: str) -> None:
         if not line.startswith('{"name"'):
@@ -500,7 +524,9 @@ def run_measurements(report: Report) -> bool:
     command = (sys.executable, "-m", "benchmarks.hardware", "--part", "measure")
     outcome = run(command, report.budget.grant(SECONDS), on_line)
     if outcome.stopped:
-        report.say(f"measurements: out of time, {len(found) - 1} of {len(CASES) * len(OURS)} done")
+        report.say(
+            f"measurements: out of time, {len(found) - 2} of {len(CASES) * len(OURS) + len(LAYER_CASES)} done"
+        )
     elif outcome.code:
         report.say("measurements: FAILED\n" + "\n".join(outcome.lines[-25:]))
     for target in TARGETS:

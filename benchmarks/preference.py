@@ -1,7 +1,8 @@
 """`python -m benchmarks.preference FILE...`: which backend comes first on GPUs that were measured.
 
 Reads results files of the hardware command (benchmarks/results/hardware/) and writes the `_MEASURED` of
-crossvit_kernels/cross_attention/gpu_preference.py.
+crossvit_kernels/cross_attention/gpu_preference.py, for the cross-attention and the fusion, and of
+crossvit_kernels/kernel_preference.py, for the layers of a block.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
+from crossvit_kernels import kernel_preference
 from crossvit_kernels.cross_attention import gpu_preference
 from crossvit_kernels.cross_attention.gpu_preference import Names
 
 from . import tune_triton
 from .gpu_cases import CASES, DTYPES, OURS, of_backend
+from .gpu_layer_cases import LAYER_CASES
 
 TABLE = Path(gpu_preference.__file__)
+TABLE_OF_LAYERS = Path(kernel_preference.__file__)
 Key = tuple[str, str, bool, torch.dtype]
 Rows = tuple[tuple[int, Names], ...]
 
@@ -61,7 +65,23 @@ def preferences(results: Mapping[str, Any]) -> dict[Key, Rows]:
     return {key: merged(rows) for key, rows in tables.items()}
 
 
-def merged(rows: Sequence[tuple[int, Names]]) -> Rows:
+LayerKey = tuple[str, str, kernel_preference.Shape, bool, torch.dtype]
+
+
+def layer_preferences(results: Mapping[str, Any]) -> dict[LayerKey, tuple[tuple[int, bool], ...]]:
+    """Whether Triton's kernels are ahead of all that PyTorch has without compiling, layer by layer."""
+    tables: dict[LayerKey, list[tuple[int, bool]]] = defaultdict(list)
+    for case in sorted(LAYER_CASES, key=lambda case: case.batch):
+        entry = results["entries"].get(case.name, {})
+        rivals = entry.get("rivals", {}).items()
+        ratios = [r["ratio"]["median"] for name, r in rivals if "ratio" in r and name != "compiled"]
+        if ratios:
+            key = (architecture_of(results), case.operation, case.shape, case.trains, DTYPES[case.dtype])
+            tables[key].append((case.batch * case.number, min(ratios) > 1))
+    return {key: merged(rows) for key, rows in tables.items()}
+
+
+def merged(rows: Sequence[tuple[int, Any]]) -> tuple[tuple[int, Any], ...]:
     """Without rows that the next one makes superfluous."""
     return tuple(
         row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or after[1] != row[1]
@@ -69,17 +89,22 @@ def merged(rows: Sequence[tuple[int, Names]]) -> Rows:
 
 
 def main(files: Sequence[str]) -> int:
-    """Returns 2 if a file has no measurement of both backends; then nothing is written."""
-    measured = dict(gpu_preference._MEASURED)
+    """Returns 2 if a file has neither both backends nor a layer measured; then nothing is written."""
+    measured, of_layers = dict(gpu_preference._MEASURED), dict(kernel_preference._MEASURED)
     for name in files:
-        found = preferences(json.loads(Path(name).read_text()))
-        if not found:
+        results = json.loads(Path(name).read_text())
+        found, layers = preferences(results), layer_preferences(results)
+        if not found and not layers:
             print(f"{name} has no operation that was measured with {' and '.join(OURS)}", file=sys.stderr)
             return 2
         measured.update(found)
+        of_layers.update(layers)
         for key, rows in found.items():
             print(*key[:2], "backward" if key[2] else "forward", re.sub(r"^torch\.", "", str(key[3])), rows)
+        for of_layer, ahead in layers.items():
+            print(*of_layer[:3], "training" if of_layer[3] else "forward", ahead)
     tune_triton.write(measured, TABLE)
+    tune_triton.write(of_layers, TABLE_OF_LAYERS)
     return 0
 
 

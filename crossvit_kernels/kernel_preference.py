@@ -17,7 +17,7 @@ Shape = tuple[int | str | bool, ...]
 
 # (architecture, operation, shape, training, dtype of the matrices) -> rows of (largest number, whether
 # Triton's kernels are ahead). Shapes and numbers are those of `predicted`; the last row stands for greater
-# numbers too. Written by benchmarks/block_preference.py from here to the end of the braces.
+# numbers too. Written by benchmarks/preference.py from here to the end of the braces.
 _MEASURED: dict[tuple[str, str, Shape, bool, torch.dtype], tuple[tuple[int, bool], ...]] = {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,19 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import compile_table, compiled_cuda, executed, time_model, tune_triton
+from benchmarks import (
+    compile_table,
+    compiled_cuda,
+    compiled_layers,
+    executed,
+    layer_model,
+    time_model,
+    tune_triton,
+)
 from benchmarks.compiled import (
     ARCHITECTURES,
     Case,
+    Layer,
     Resources,
     calls,
     compile_case,
@@ -24,11 +34,9 @@ from benchmarks.compiled import (
     parse_resource_usage,
     parse_sass,
     prepared,
-    resources,
 )
 from crossvit_kernels.cross_attention import triton_table
 from crossvit_kernels.cross_attention.triton_table import Configuration, configuration
-from crossvit_kernels.self_attention import triton_launch as self_attention_launch
 
 compiles_cuda = pytest.mark.skipif(
     compiled_cuda.missing() is not None, reason=f"the CUDA kernels: {compiled_cuda.missing()}"
@@ -273,7 +281,11 @@ def test_the_page_keeps_what_is_not_written():
 def test_the_page_is_as_it_would_be_written():
     page = compile_table.PAGE.read_text()
     assert compile_table.rewritten(page, {}) == page
-    for title in (*compile_table.TITLES.values(), compile_table.PREDICTIONS):
+    for title in (
+        *compile_table.TITLES.values(),
+        compile_table.PREDICTIONS,
+        compile_table.PREDICTIONS_OF_LAYERS,
+    ):
         assert f"\n## {title}\n" in page
 
 
@@ -498,29 +510,83 @@ def test_products_that_a_width_skips_are_not_counted(width, products):
         assert (run.blocks, len(run.of_warps), run.overlaps) == (1, 4, False)
 
 
-@compiles
-@pytest.mark.parametrize(
+# Layers of a block
+
+everywhere = pytest.mark.parametrize(
     "architecture",
     [
         "sm_90",
-        *(
-            pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx950")
-        ),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ARCHITECTURES if name != "sm_90"),
     ],
 )
+
+
+@compiles
+@everywhere
 def test_self_attention_keeps_nothing_in_a_threads_memory(architecture):
     """The models' shapes in bfloat16: no stack, no spills, two blocks a multiprocessor on NVIDIA's GPUs."""
-    with compiling(architecture) as kernels:
-        for tokens, channels in ((197, 64), (401, 32), (577, 64), (1157, 32)):
-            qkv = torch.zeros(2, tokens, 3 * 7 * channels, dtype=torch.bfloat16)
-            y, lse = self_attention_launch.forward(qkv, 7, channels**-0.5, qkv.dtype, True)
-            self_attention_launch.backward(y, qkv, y, lse, 7, channels**-0.5, qkv.dtype)
-    found = [
-        resources(kernel, architecture, Case((448,), 7)) for kernel in {k.hash: k for k in kernels}.values()
-    ]
+    layers = {
+        Layer(f"{tokens} of {channels}"): compiled_layers.self_attention(tokens, 7, channels, torch.bfloat16)
+        for tokens, channels in ((197, 64), (401, 32), (577, 64), (1157, 32))
+    }
+    found = list(compiled_layers.compile_layers(layers, architecture))
     assert {one.kernel for one in found} == {"attend", "to_queries", "to_keys"}
     for one in found:
-        assert (one.stack, one.local) == (0, 0), one
-        assert one.tensor > 0
+        assert compile_table.verdict(one) == "ok", one
         assert one.blocks >= (1 if ARCHITECTURES[architecture].is_amd else 2)
+
+
+def check_layers(layers: dict[Layer, Callable[[], object]], architecture: str) -> Counter[str]:
+    """The kernels that were compiled; products are designed for two blocks a multiprocessor."""
+    found = list(compiled_layers.compile_layers(layers, architecture))
+    for one in found:
+        assert compile_table.verdict(one) == "ok", one
+        alone = ARCHITECTURES[architecture].is_amd or (architecture == "sm_120" and "gradient" in one.kernel)
+        if one.kernel.startswith(("product", "embed")) and one.case.weights == "bf16" and not alone:
+            assert one.blocks >= 2, one
+    return Counter(one.kernel.split()[0] for one in found)
+
+
+@compiles
+def test_the_mlp_of_crossvit_18_keeps_its_budget():
+    layers = {k: v for k, v in compiled_layers.layers_of_crossvit_18().items() if k.label.startswith("L fc")}
+    assert len(layers) == 3
+    kernels = check_layers(layers, "sm_90")
+    assert set(kernels) == {
+        *("fold", "statistics", "product", "gradient_of_rows", "weight_gradient", "add_parts")
+    }
+    assert kernels["product"] == 6  # forward with and without GELU and statistics, three gradients
+
+
+@compiles
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_every_layer_of_crossvit_18_keeps_its_budget(architecture, dtype):
+    check_layers(compiled_layers.layers_of_crossvit_18(dtype), architecture)
+
+
+@compiles
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_linear_layers_of_all_variants_keep_their_budget(architecture):
+    shapes = compiled_layers.shapes_of_variants()
+    assert len(shapes) >= 36
+    check_layers(
+        {
+            Layer(f"{name} {around[0]} to {around[1]}"): compiled_layers.linear(
+                *around[:2], torch.bfloat16, *around[2:]
+            )
+            for name, around in shapes
+        },
+        architecture,
+    )
+
+
+def test_the_bytes_of_a_linear_layer():
+    """Counted by hand for fc1 of L, 256 images: x, W and y once; every tile its rows and columns."""
+    task = next(t for t in layer_model.tasks() if (t.layer, t.kernel) == ("L fc1", "product"))
+    rows = 256 * 197
+    assert task.bytes == 2 * (rows * 448 + 448 * 1344 + rows * 1344)
+    assert task.flops == 2 * rows * 448 * 1344
+    assert task.l2 == 394 * 10.5 * 2 * 128 * 448 * 2 + 2 * rows * 1344
