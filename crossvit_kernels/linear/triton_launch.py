@@ -13,14 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..cross_attention.gpu import gpu_of, on_device_of
 from ..cross_attention.triton_launch import architecture_of_device
-from ..cross_attention.triton_table import allows_tf32
+from ..cross_attention.triton_table import FAMILIES, allows_tf32, nearest
 from ..validation import precision_of_float32
 from . import triton_kernels as kernels
 from . import triton_rows as rows_kernels
 from .triton_table import Tiles, has_tma, tiles_of_product, tiles_of_weight_gradient
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_ROW_WARPS = 8
 _WHOLE_ROW = 1 << 30  # a part of a row's statistics that is as wide as the row
 
 
@@ -78,7 +77,7 @@ def fold(weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None
         rows_kernels.fold[-(-outputs // height),](
             *(weight, bias, gamma, beta, folded, *vectors),
             *(outputs, channels, weight.stride(0)),
-            **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS},
+            **{"ROWS": height, "BLOCK": block, **_of_rows()},
         )
     return folded, vectors
 
@@ -89,7 +88,7 @@ def statistics(x: Tensor) -> Tensor:
     height, block = _block(x.shape[1])
     with on_device_of(x):
         rows_kernels.statistics[-(-x.shape[0] // height),](
-            *(x, found, *x.shape, x.stride(0)), **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS}
+            *(x, found, *x.shape, x.stride(0)), **{"ROWS": height, "BLOCK": block, **_of_rows()}
         )
     return found
 
@@ -102,7 +101,7 @@ def normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor
     with on_device_of(x):
         rows_kernels.normalise[-(-x.shape[0] // height),](
             *(x, found, hat, *x.shape, x.stride(0), eps),
-            **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS},
+            **{"ROWS": height, "BLOCK": block, **_of_rows()},
         )
     return hat, found
 
@@ -199,7 +198,7 @@ def gradient_of_rows(
     deferred = norm is not None and norm.deferred
     sums = None if norm is None else dy.new_empty((1, 2, rows), dtype=torch.float32)
     beside = dy.new_empty((rows, 16), dtype=dtype) if deferred else ones_beside(dz)
-    height, block = _block(outputs)
+    height, block = _block(outputs, 2048)  # three matrices of a thread's numbers
     given = None if norm is None else norm.statistics
     with on_device_of(dy):
         rows_kernels.gradient_of_rows[-(-rows // height),](
@@ -212,7 +211,7 @@ def gradient_of_rows(
                 "PARTS": 0 if given is None else given.values.shape[0],
                 "PART": 0 if given is None else given.part,
             },
-            **{"ROWS": height, "BLOCK": block, "num_warps": _ROW_WARPS},
+            **{"ROWS": height, "BLOCK": block, **_of_rows()},
         )
     return dz, sums, beside
 
@@ -266,12 +265,21 @@ def weight_gradient(
         kernels.add_parts[-(-outputs // height) * -(-channels // width),](
             *(products, totals, weight.contiguous(), gamma, beta, dw, db if bias else None),
             *(None if gamma is None else of_norm, parts, outputs, channels),
-            **{"MEANS": means, "OUTPUTS": height, "CHANNELS": width, "num_warps": 4},
+            **{"MEANS": means, "OUTPUTS": height, "CHANNELS": width, **_of_rows()},
         )
     if gamma is None:
         return dw, db if bias else None, None, None
     sums = of_norm.sum(0)
     return dw, db if bias else None, sums[0].to(gamma.dtype), None if beta is None else sums[1].to(beta.dtype)
+
+
+def _of_rows() -> dict[str, int]:
+    """Warps and registers of the kernels of triton_rows.py and of `add_parts`.
+
+    ptxas aims at fewer registers, and then keeps a predicate in memory on some GPUs; AMD has no such limit.
+    """
+    nvidia = FAMILIES[nearest(architecture_of_device())] != "amd"
+    return {"num_warps": 8, "maxnreg": 128} if nvidia else {"num_warps": 8}
 
 
 def _tiles_of(x: Tensor, columns: int, epilogue: str, activation: str | None, described: bool) -> Tiles:
@@ -295,7 +303,7 @@ def _descriptor(x: Tensor, height: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [height, width])
 
 
-def _block(columns: int) -> tuple[int, int]:
-    """Rows and columns that a program of triton_rows.py has at once: 4,096 numbers, 16 a thread."""
+def _block(columns: int, numbers: int = 4096) -> tuple[int, int]:
+    """Rows and columns that a program of triton_rows.py has at once: 4,096 numbers are 16 a thread."""
     width = min(triton.next_power_of_2(columns), 1024)
-    return max(1, min(16, 4096 // width)), width
+    return max(1, min(16, numbers // width)), width
