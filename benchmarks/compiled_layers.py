@@ -140,6 +140,7 @@ def layers_of_crossvit_18(dtype: str = "bf16") -> dict[Layer, Call]:
         )
     found[Layer("S patches 12 to 224", dtype)] = patches(240, 12, 224, None, of_dtype)
     found[Layer("L patches 16 to 448, resized", dtype)] = patches(240, 16, 448, (224, 224), of_dtype)
+    found[Layer("L position of 448, dagger", dtype)] = position(196, 448, of_dtype)
     return found
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import gpu_timing
 from benchmarks.compiled_layers import linear_layers
 from benchmarks.gpu_cases import BOUNDS, DTYPES, ROUNDS, Result, error, failing
-from crossvit_kernels import linear, patch_embed, self_attention
+from crossvit_kernels import add_position, linear, patch_embed, self_attention
 from crossvit_kernels.measure import Interval, compare
 
 OURS = "triton"
@@ -103,6 +103,13 @@ def _patches(
     return draw, lambda x, backend: patch_embed(*x, size=size, backend=backend)
 
 
+def _position(count: int, channels: int) -> tuple[Callable[[int], list[Tensor]], Run]:
+    def draw(batch: int) -> list[Tensor]:
+        return [_normal(batch, channels, count).mT, _normal(1 + count, channels), _normal(channels)]
+
+    return draw, lambda x, backend: add_position(*x, backend=backend)
+
+
 def _layers() -> Iterator[tuple[str, str, tuple[Callable, Run], tuple, int]]:
     for branch, tokens, channels in (("L", 197, 448), ("S", 401, 224)):
         for name, (k, n, norm, activation, residual) in linear_layers(channels, 3 * channels):
@@ -117,6 +124,7 @@ def _layers() -> Iterator[tuple[str, str, tuple[Callable, Run], tuple, int]]:
             *((tokens, of_head), 7),
         )
     yield "L patches, resized", "patch_embed", _patches(16, 448, (224, 224)), (16, 448, True), 1
+    yield "L position, dagger", "add_position", _position(196, 448), (196, 448), 1
     yield "S patches", "patch_embed", _patches(12, 224, None), (12, 224, False), 1
 
 

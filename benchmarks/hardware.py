@@ -49,6 +49,7 @@ from benchmarks.gpu_cases import (
 from benchmarks.gpu_layer_cases import LAYER_CASES, measure_layer, tensors_of
 from crossvit_kernels import native
 from crossvit_kernels.check import check_all
+from crossvit_kernels.validation import OF_BLOCKS
 from tests.operations import OPERATIONS, Size
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +57,6 @@ LEDGER = ROOT / "docs" / "hardware.md"
 RESULTS = ROOT / "benchmarks" / "results" / "hardware"
 
 COPY, COPY_IN_CACHE = "copy from device to device", "copy within the L2 cache"
-LAYERS = ("linear", "self_attention", "patch_embed")
-
 SECONDS = 460.0  # of the whole command
 GRACE = 15.0  # more, from the interruption of a process to its end
 MEASURING = 150.0  # of them are kept for the measurements
@@ -385,7 +384,7 @@ def words(entry: Mapping[str, Any]) -> str:
 def rows() -> list[str]:
     """Every row that this command can fill, in the order of the ledger."""
     checked = [of_backend(o.name, b) for o in OPERATIONS for b in (*OURS, "torch", "reference")]
-    checked += [of_backend(name, b) for name in LAYERS for b in ("triton", "torch", "reference")]
+    checked += [of_backend(name, b) for name in OF_BLOCKS for b in ("triton", "torch", "reference")]
     steps = [step.row for step in _steps()]
     return [
         "layer_norm_statistics (CUDA C++)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from crossvit_kernels import self_attention
+from crossvit_kernels import add_position, self_attention
 from crossvit_kernels.backends import selected
 from crossvit_kernels.linear.packed import PackedCache
+from crossvit_kernels.patch_embed import ADD_POSITION
 from crossvit_kernels.self_attention import IMPLEMENTATIONS
 
 from . import native_block
@@ -223,8 +224,16 @@ def projection(dim_in: int, dim_out: int, norm_layer: NormLayer, **factory: Any)
 
 def attend(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """`crossvit_kernels.self_attention`; PyTorch's operators where the selected backend has none."""
-    backend = "auto" if selected() in ("auto", *IMPLEMENTATIONS) else "torch"
-    return self_attention(qkv, num_heads, scale=scale, backend=backend)
+    return self_attention(qkv, num_heads, scale=scale, backend=_selected_of(IMPLEMENTATIONS))
+
+
+def with_cls(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    """`crossvit_kernels.add_position`; PyTorch's operators where the selected backend has none."""
+    return add_position(patches, position, cls_token, backend=_selected_of(ADD_POSITION))
+
+
+def _selected_of(implementations: Mapping[str, Callable]) -> str:
+    return "auto" if selected() in ("auto", *implementations) else "torch"
 
 
 def with_mean(patches: Tensor) -> Tensor:

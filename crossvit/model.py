@@ -26,6 +26,7 @@ from .layers import (
     init_linear_and_norm,
     init_weight,
     resize_position_embedding,
+    with_cls,
     with_mean,
 )
 from .other_fusions import Grids
@@ -311,8 +312,7 @@ class CrossViT(nn.Module):
             patches = self.patch_embed[b](self._scale_image(x, self.branch_sizes(size)[b]))
             position = resize_position_embedding(self._position(b), built, grid)
             if self.class_token:
-                cls = self._cls_token(b).expand(x.shape[0], -1, -1)
-                tokens.append(self.pos_drop(torch.cat((cls, patches), dim=1) + position))
+                tokens.append(self.pos_drop(with_cls(patches, position, self._cls_token(b))))
             else:
                 tokens.append(with_mean(self.pos_drop(patches + position)))
         return tokens

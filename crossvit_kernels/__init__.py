@@ -10,12 +10,12 @@ from .backends import backends, use_backend
 from .cross_attention import cross_attention
 from .cross_fusion import FusionWeights, cross_fusion
 from .linear import PreparedLinear, linear, pack_linear
-from .patch_embed import patch_embed
+from .patch_embed import add_position, patch_embed
 from .self_attention import self_attention
 from .validation import validate
 
 __all__ = [
-    "FusionWeights", "PreparedLinear", "__version__", "backends", "cross_attention", "cross_fusion", "linear",
-    "pack_linear", "patch_embed", "self_attention", "use_backend", "validate",
+    "FusionWeights", "PreparedLinear", "__version__", "add_position", "backends", "cross_attention",
+    "cross_fusion", "linear", "pack_linear", "patch_embed", "self_attention", "use_backend", "validate",
 ]  # fmt: skip
 __version__ = version("crossvit-kernels")

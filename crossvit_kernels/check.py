@@ -14,9 +14,9 @@ from .cross_attention import cross_attention, cuda_launch
 from .cross_fusion import FusionWeights, cross_fusion
 from .linear import linear
 from .modes import without_autocast
-from .patch_embed import patch_embed
+from .patch_embed import add_position, patch_embed
 from .self_attention import self_attention
-from .validation import precision_of_float32
+from .validation import OF_BLOCKS, precision_of_float32
 
 
 def check_all() -> Iterator[tuple[str, bool]]:
@@ -29,7 +29,7 @@ def check_all() -> Iterator[tuple[str, bool]]:
             for backend, known in BACKENDS.items():
                 if known.missing() is not None or device not in (known.devices or devices):
                     continue
-                if backend == "cuda" and (no_cuda or operation not in _CUDA_OPERATIONS):
+                if (backend == "cuda" and no_cuda) or operation in _NOT_IMPLEMENTED.get(backend, ()):
                     continue
                 for isa in isas if backend == "cpu" else [None]:
                     where = f"{backend} on {device}" if isa is None else f"{backend} with {isa}"
@@ -138,14 +138,26 @@ def _patch_embed_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[
     return tensors, run
 
 
+def _add_position_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+    """Patches as a convolution leaves them."""
+    draw, (width,) = _Inputs(), widths
+    tensors = [draw.normal(3, width, _PATCHES).mT, draw.normal(1 + _PATCHES, width), draw.normal(width)]
+
+    def run(x: list[Tensor], backend: str) -> list[Tensor]:
+        return [add_position(*x, backend=backend)]
+
+    return tensors, run
+
+
 _CASES = {
     "cross_attention": _attention_case,
     "cross_fusion": _fusion_case,
     "linear": _linear_case,
     "self_attention": _self_attention_case,
     "patch_embed": _patch_embed_case,
+    "add_position": _add_position_case,
 }
-_CUDA_OPERATIONS = ("cross_attention", "cross_fusion")
+_NOT_IMPLEMENTED = {"cuda": OF_BLOCKS, "cpu": ("add_position",)}
 # Odd ones, which leave every tile of every kernel unfilled.
 _WIDTHS = {
     "cross_attention": ((96,), (3,)),
@@ -153,6 +165,7 @@ _WIDTHS = {
     "linear": ((65, 130), ()),
     "self_attention": ((144,), (3,)),
     "patch_embed": ((35,), ()),
+    "add_position": ((35,), ()),
 }
 
 

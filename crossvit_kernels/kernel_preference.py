@@ -22,13 +22,16 @@ _MEASURED: dict[tuple[str, str, Shape, bool, torch.dtype], tuple[tuple[int, bool
 
 
 def predicted(architecture: str, operation: str, shape: Shape, number: int, training: bool) -> bool:
-    """By the static model (docs/triton.md), for bfloat16 and forward alone; nowhere else is it sure enough.
+    """By the static model (docs/triton.md), for bfloat16, and forward alone but for what only moves bytes.
 
     operation, shape, number:
         "linear", (C_in, C_out, epilogue), rows: where a GELU would be a pass of its own over its output.
         "self_attention", (N, d), heads of all images: where much of a library's tiles would be padding.
         "patch_embed", (side of a patch, C, whether the image is written anew), images: where it is resized.
+        "add_position", (P, C), images: everywhere but for few images, for it writes a third of the bytes.
     """
+    if operation == "add_position":
+        return number >= 16
     if training or architecture != "sm_90":
         return False
     if operation == "linear":

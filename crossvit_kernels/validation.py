@@ -19,7 +19,7 @@ _log = logging.getLogger(__package__)
 
 
 # Layers of a block, which Triton's kernels take at every width.
-OF_BLOCKS = ("linear", "self_attention", "patch_embed")
+OF_BLOCKS = ("linear", "self_attention", "patch_embed", "add_position")
 
 
 class Kind(NamedTuple):
@@ -63,10 +63,11 @@ def validate(
     ordinary call tries too, and compiles for the very layout that will be recorded.)
 
     Args:
-        operation: "cross_attention", "cross_fusion", "linear", "self_attention" or "patch_embed".
+        operation: "cross_attention", "cross_fusion", "linear", "self_attention", "patch_embed" or
+            "add_position".
         widths: C of each direction's patches, of S and L for the fusion; (C_in, C_out) for "linear", (C,) for
             the others.
-        num_heads: H of each direction; (H,) for "self_attention", () for "linear" and "patch_embed".
+        num_heads: H of each direction; (H,) for "self_attention", () for the others.
         dtype: of the tokens.
         weights_dtype: autocast's dtype where it is another one.
         gradients: whether to try backward too.

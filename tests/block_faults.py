@@ -244,6 +244,18 @@ PATCH_FAULTS = tuple(
     Fault(what, file, old, new)
     for what, file, old, new in (
         (
+            "the CLS token stays without its position",
+            _PATCHES,
+            "at = position + n[:, None] *",
+            "at = position + tl.maximum(n, 1)[:, None] *",
+        ),
+        (
+            "patches behind convolutions are one too late",
+            _PATCHES,
+            "(n - 1).to(tl.int64)",
+            "tl.maximum(n - 2, 0).to(tl.int64)",
+        ),
+        (
             "the CLS token has a bias",
             _PATCHES,
             "tl.where(is_patch[:, None], of_patch[None, :], added[None, :])",

@@ -59,6 +59,12 @@ def test_predictions(operation, shape, number, found):
     assert not ahead("sm_90", operation, shape, number, False, torch.float16)
 
 
+def test_what_only_moves_bytes_is_ahead_everywhere():
+    for architecture, training in (("sm_80", True), ("sm_90", False), ("sm_120", True)):
+        assert predicted(architecture, "add_position", (196, 448), 256, training)
+        assert not predicted(architecture, "add_position", (196, 448), 1, training)
+
+
 def test_measurements_go_before_predictions():
     key = ("sm_90", "linear", (448, 1344, "norm, gelu"), False, BF16)
     with mock.patch.dict(kernel_preference._MEASURED, {key: ((1000, True), (60_000, False))}):
@@ -127,6 +133,7 @@ def test_validating_ahead_of_time():
     with without_a_gpu("sm_90"):
         for operation, widths, heads in (
             *(("linear", (40, 72), ()), ("self_attention", (96,), (3,)), ("patch_embed", (24,), ())),
+            ("add_position", (24,), ()),
         ):
             kind = {"widths": widths, "num_heads": heads, "dtype": BF16, "device": "cpu"}
             assert validate(operation, **kind) is None

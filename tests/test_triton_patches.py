@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from crossvit_kernels import patch_embed
+from crossvit_kernels import add_position, patch_embed
 from crossvit_kernels.patch_embed import gpu_op, reference, triton_launch
 from tests import layouts
 from tests.by_definition import patch_inputs, patch_oracle
@@ -189,6 +189,67 @@ def test_compiling():
             y = function(leaf)
             grads.append((y.detach(), torch.autograd.grad(y.sum(), leaf)[0]))
         torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+# Position and CLS token behind several convolutions
+
+
+@targets
+@pytest.mark.parametrize("size", [(2, 5, 9), (1, 70, 130), (3, 64, 64), (2, 0, 8)], ids=str)
+def test_add_position(target, size):
+    """Of patches that lie token by token, channel by channel and apart, in one dtype and as under autocast."""
+    batch, count, channels = size
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    patches, position, cls = (
+        drawn(batch, count, channels),
+        drawn(1, 1 + count, channels),
+        drawn(1, 1, channels),
+    )
+    weights = drawn(batch, 1 + count, channels).bfloat16()
+    for dtypes in itertools.product(STORED, STORED):
+        low = [t.to(dtype) for t, dtype in zip((patches, position, cls), (*dtypes, dtypes[1]), strict=True)]
+        for layout in (layouts.contiguous, layouts.backwards_in_memory, layouts.every_second):
+            found = []
+            for backend in ("triton", "reference"):
+                leaves = [layout(t).detach().requires_grad_() for t in low]
+                with without_a_gpu(target):
+                    y = add_position(*leaves, backend=backend)
+                    grads = torch.autograd.grad(y, leaves, layout(weights.to(y.dtype)))
+                found.append((y, *grads))
+            assert found[0][0].dtype == found[1][0].dtype
+            for name, mine, eager in zip(("y", "patches", "position", "cls"), *found, strict=True):
+                step = torch.finfo(mine.dtype).eps
+                torch.testing.assert_close(mine, eager, rtol=2 * step, atol=8 * step, msg=name)
+
+
+def test_what_add_position_saves_and_refuses():
+    x = [torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(8)]
+    leaves = [t.requires_grad_() for t in x]
+    saved: list[Tensor] = []
+    with without_a_gpu("sm_80") as recorder:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = add_position(*leaves, backend="triton")
+        assert not saved
+        assert [launch.name for launch in recorder.launches] == ["place"]
+        (first,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaves[0])
+        torch.testing.assert_close(second, 8 * (x[0] + x[1][1:]))
+        torch.library.opcheck(gpu_op.PLACE, tuple(leaves))
+    for wrong, words in (
+        ((x[0][0], *x[1:]), r"patches must have shape \[B, P, C\]"),
+        ((x[0], x[1][1:], x[2]), r"position must have shape \[1 \+ P, C\] = \[6, 8\]"),
+        ((*x[:2], x[2][1:]), r"cls_token must have shape \[C\] = \[8\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            add_position(*wrong)
+    with pytest.raises(RuntimeError, match="cpu: it does not implement add_position"):
+        add_position(*x, backend="cpu")
+    with pytest.raises(TypeError, match="position must be a floating-point tensor"):
+        add_position(x[0], x[1].detach().long(), x[2])
 
 
 def test_no_images():

@@ -17,7 +17,7 @@ from ..library import any_requires_grad
 from ..modes import autocast_enabled, plain_operators_only, without_autocast
 from . import gpu_op, op, reference
 
-__all__ = ["patch_embed"]
+__all__ = ["add_position", "patch_embed"]
 
 # Best first: the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -115,6 +115,73 @@ def patch_embed(
         return compute(*tensors, size, mean, std)
 
 
+ADD_POSITION: dict[str, Callable] = {
+    "torch": reference.add_position,
+    "triton": gpu_op.add_position,
+    "reference": reference.add_position,
+}
+
+
+def add_position(patches: Tensor, position: Tensor, cls_token: Tensor, *, backend: str = "auto") -> Tensor:
+    """y = cat(cls_token, patches) + position: the end of an embedding by several convolutions.
+
+    Args:
+        patches: [B, P, C], any strides: often a view of what a convolution has left channel by channel.
+        position: [1 + P, C] or [1, 1 + P, C], the CLS token's first.
+        cls_token: [C] or [1, 1, C].
+        backend: "auto" or a name from `crossvit_kernels.backends()`; a named one never falls back.
+
+    Returns:
+        y [B, 1 + P, C] in the widest of the three dtypes, which may differ, as under autocast.
+
+    Differentiable any number of times. `triton` reads and writes everything once, and saves nothing.
+
+    Raises:
+        ValueError: a shape is wrong, or no backend has that name.
+        TypeError: a tensor is not floating-point.
+        RuntimeError: devices differ, or the backend cannot take this call; all reasons are listed.
+    """
+    if not torch.jit.is_tracing():  # a trace would record every comparison of sizes
+        _check_tokens(patches, position, cls_token)
+    others = {"position": position, "cls_token": cls_token}
+    check_devices_and_dtypes("patches", patches, others, tuple(others))
+    position, cls_token = position.reshape(-1, position.shape[-1]), cls_token.reshape(-1)
+    tensors = (patches, position, cls_token)
+    call = Call(patches.device.type, patches.dtype, patches.dtype, plain=plain_operators_only())
+    if kernel_preference.has_a_say(backend, call):
+        backend = kernel_preference.chosen(
+            *("add_position", call, patches),
+            shape=(patches.shape[1], patches.shape[2]),
+            number=patches.shape[0],
+            training=torch.is_grad_enabled() and any_requires_grad(tensors),
+            widths=(patches.shape[2],),
+        )
+    with without_autocast(patches.device.type):  # which sums in the widest dtype anyway
+        return choose("add_position", backend, call, ADD_POSITION)(*tensors)
+
+
+def _check_tokens(patches: Tensor, position: Tensor, cls_token: Tensor) -> None:
+    if patches.ndim != 3 or patches.shape[2] < 1:
+        raise ValueError(
+            f"patches must have shape [B, P, C] with C at least 1, {got(patches)}: "
+            "flatten the grid, and move the channels to the end"
+        )
+    _, count, channels = patches.shape
+    if position.shape not in ((1 + count, channels), (1, 1 + count, channels)):
+        raise ValueError(
+            f"position must have shape [1 + P, C] = [{1 + count}, {channels}] (of patches), {got(position)}: "
+            "resize it to the grid of patches"
+        )
+    _check_cls_token(cls_token, channels)
+
+
+def _check_cls_token(cls_token: Tensor, channels: int) -> None:
+    if cls_token.shape not in ((channels,), (1, 1, channels)):
+        raise ValueError(
+            f"cls_token must have shape [C] = [{channels}] or [1, 1, {channels}], {got(cls_token)}"
+        )
+
+
 def _check_shapes(
     image: Tensor,
     weight: Tensor,
@@ -147,10 +214,7 @@ def _check_shapes(
             f"position must have shape [1 + P, C] = [{tokens}, {channels}] (of the patches in "
             f"{height} x {width} pixels and of weight), {got(position)}: resize it to the grid of patches"
         )
-    if cls_token.shape not in ((channels,), (1, 1, channels)):
-        raise ValueError(
-            f"cls_token must have shape [C] = [{channels}] or [1, 1, {channels}], {got(cls_token)}"
-        )
+    _check_cls_token(cls_token, channels)
 
 
 def _check_standardisation(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

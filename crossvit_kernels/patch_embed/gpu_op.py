@@ -109,3 +109,52 @@ class PatchEmbed(torch.autograd.Function):
 
 
 differentiate_by(FORWARD, PatchEmbed.apply)
+
+
+def add_position(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    """As the definition, by a Triton kernel."""
+    if torch.is_grad_enabled() and any_requires_grad((patches, position, cls_token)):
+        return AddPosition.apply(patches, position, cls_token)
+    return PLACE(patches, position, cls_token)
+
+
+def _place(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    from . import triton_launch
+
+    return triton_launch.add_position(patches, position, cls_token)
+
+
+def _place_fake(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(patches.dtype, position.dtype), cls_token.dtype)
+    return patches.new_empty((patches.shape[0], *position.shape), dtype=dtype)
+
+
+PLACE = define(
+    "add_position_triton(Tensor patches, Tensor position, Tensor cls_token) -> Tensor", _place, _place_fake
+)
+
+
+class AddPosition(torch.autograd.Function):
+    """Its gradients are a part of the incoming one, and sums of it over the images; nothing is saved."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+        return PLACE(patches, position, cls_token)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.dtypes = [x.dtype for x in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        patches, position, cls_token = ctx.dtypes
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_patches = grad[:, 1:].to(patches) if ctx.needs_input_grad[0] else None
+        of_position = grad.sum(0, dtype=wide).to(position) if ctx.needs_input_grad[1] else None
+        of_cls = grad[:, 0].sum(0, dtype=wide).to(cls_token) if ctx.needs_input_grad[2] else None
+        return of_patches, of_position, of_cls
+
+
+differentiate_by(PLACE, AddPosition.apply)

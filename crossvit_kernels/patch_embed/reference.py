@@ -35,6 +35,11 @@ def patch_embed(
     return torch.cat((cls, patches.to(position.dtype)), dim=1) + position
 
 
+def add_position(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    """cat(cls_token, patches) + position [1 + P, C], in the widest of their dtypes."""
+    return torch.cat((cls_token.expand(patches.shape[0], 1, -1), patches), dim=1) + position
+
+
 def standardised(
     image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:

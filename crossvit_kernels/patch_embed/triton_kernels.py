@@ -1,6 +1,7 @@
 """Triton kernels of the patch embedding.
 
     embed   tokens = patches Wᵀ, with bias, position and the CLS token
+    place   tokens from what convolutions have made of patches, with position and the CLS token
     cut     the image resized, its bytes standardised, and cut into patches: what `embed` reads instead of an
             image that is not yet as the weight wants it, and what the weight's gradient is a product of
 
@@ -137,3 +138,34 @@ def cut(
     k = plane * SIDE * SIDE + (i % SIDE * SIDE)[:, None] + (j % SIDE)[None, :]
     row = b * tokens + 1 + patch
     tl.store(patches + row * (planes * SIDE * SIDE) + k, value, mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def place(
+    patches, position, cls_token, y, tokens, channels, stride_image, stride_token, stride_channel, stride_position,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y [B, tokens, channels], contiguous: the CLS token in front of the patches, with position.
+
+    Patches may lie channel by channel, as convolutions leave them: the tile changes its layout in between.
+    """
+    tiles = tl.cdiv(channels, CHANNELS)
+    of_image = tl.cdiv(tokens, TOKENS) * tiles
+    b = (tl.program_id(0) // of_image).to(tl.int64)
+    tile = tl.program_id(0) % of_image
+    n = tile // tiles * TOKENS + tl.arange(0, TOKENS)
+    c = tile % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    inside = (n < tokens)[:, None] & (c < channels)[None, :]
+    at = (
+        patches
+        + b * stride_image
+        + (n - 1).to(tl.int64)[:, None] * stride_token
+        + c[None, :] * stride_channel
+    )
+    value = tl.load(at, mask=inside & (n > 0)[:, None], other=0.0).to(tl.float32)
+    cls = tl.load(cls_token + c, mask=c < channels, other=0.0).to(tl.float32)
+    value += tl.where((n == 0)[:, None], cls[None, :], 0.0)
+    value += tl.load(position + n[:, None] * stride_position + c[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    tl.store(y + (b * tokens + n[:, None]) * channels + c[None, :], value, mask=inside)

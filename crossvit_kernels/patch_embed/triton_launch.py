@@ -71,6 +71,24 @@ def forward(
     return y
 
 
+def add_position(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+    """y [B, 1 + P, C] in the widest of their dtypes."""
+    batch, count, channels = patches.shape
+    dtype = torch.promote_types(torch.promote_types(patches.dtype, position.dtype), cls_token.dtype)
+    y = patches.new_empty((batch, 1 + count, channels), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    position = linear_launch.rows_of(position)
+    side = 64  # 128 bytes of a line of either layout
+    with on_device_of(patches):
+        kernels.place[batch * -(-(1 + count) // side) * -(-channels // side),](
+            *(patches, position, cls_token.contiguous(), y, 1 + count, channels),
+            *(*patches.stride(), position.stride(0)),
+            **{"TOKENS": side, "CHANNELS": side, "num_warps": 4},
+        )
+    return y
+
+
 def cut(
     image: Tensor,
     side: int,
