@@ -115,6 +115,17 @@ def patches(pixels: int, side: int, channels: int, size: tuple[int, int] | None,
     return call
 
 
+def position(count: int, channels: int, dtype: torch.dtype) -> Call:
+    """Behind convolutions, which leave patches channel by channel."""
+
+    def call() -> None:
+        found = torch.zeros(64, channels, count, dtype=dtype).mT
+        table = torch.zeros(1 + count, channels, dtype=dtype)
+        patch_launch.add_position(found, table, table[0])
+
+    return call
+
+
 def linear_layers(
     channels: int, hidden: int
 ) -> Iterator[tuple[str, tuple[int, int, bool, str | None, bool]]]:

@@ -197,7 +197,7 @@ def test_compiling():
 @targets
 @pytest.mark.parametrize("size", [(2, 5, 9), (1, 70, 130), (3, 64, 64), (2, 0, 8)], ids=str)
 def test_add_position(target, size):
-    """Of patches that lie token by token, channel by channel and apart, in one dtype and as under autocast."""
+    """Patches lie token by token, channel by channel and apart, in one dtype and as under autocast."""
     batch, count, channels = size
     generator = torch.Generator().manual_seed(7)
 

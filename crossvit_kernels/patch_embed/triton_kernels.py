@@ -142,7 +142,8 @@ def cut(
 
 @triton.jit(do_not_specialize=["tokens"])
 def place(
-    patches, position, cls_token, y, tokens, channels, stride_image, stride_token, stride_channel, stride_position,
+    patches, position, cls_token, y, tokens, channels,
+    stride_image, stride_token, stride_channel, stride_position,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y [B, tokens, channels], contiguous: the CLS token in front of the patches, with position.
@@ -156,16 +157,10 @@ def place(
     n = tile // tiles * TOKENS + tl.arange(0, TOKENS)
     c = tile % tiles * CHANNELS + tl.arange(0, CHANNELS)
     inside = (n < tokens)[:, None] & (c < channels)[None, :]
-    at = (
-        patches
-        + b * stride_image
-        + (n - 1).to(tl.int64)[:, None] * stride_token
-        + c[None, :] * stride_channel
-    )
-    value = tl.load(at, mask=inside & (n > 0)[:, None], other=0.0).to(tl.float32)
+    at = b * stride_image + (n - 1).to(tl.int64)[:, None] * stride_token + c[None, :] * stride_channel
+    value = tl.load(patches + at, mask=inside & (n > 0)[:, None], other=0.0).to(tl.float32)
     cls = tl.load(cls_token + c, mask=c < channels, other=0.0).to(tl.float32)
     value += tl.where((n == 0)[:, None], cls[None, :], 0.0)
-    value += tl.load(position + n[:, None] * stride_position + c[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    at = position + n[:, None] * stride_position + c[None, :]
+    value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + (b * tokens + n[:, None]) * channels + c[None, :], value, mask=inside)
