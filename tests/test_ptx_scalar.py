@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -323,6 +324,22 @@ def test_comparisons_of_floats(comparison):
     got = execute(f"setp.{comparison}.f32 %p, %a0, %a1; selp.b32 %d, 1, 0, %p;", columns)
     want = [COMPARISONS[comparison](float(np.float32(x)), float(np.float32(y))) for x, y in PAIRS]
     assert got == [int(v) for v in want]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16x2", np.float16), ("bf16x2", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_comparisons_of_pairs(comparison, kind, dtype):
+    """The first predicate is of the lower halves, the second of the upper ones."""
+    numbers = [1.5, -0.0, 0.0, -2.25, math.nan, math.inf]
+    pairs = list(itertools.product(numbers, numbers))
+    lower = [np.array([p[k] for p in pairs], dtype).view(np.uint16).astype(int) for k in (0, 1)]
+    upper = [x[::-1] for x in lower]
+    columns = [
+        [int(a | b << 16) for a, b in zip(*both, strict=True)] for both in zip(lower, upper, strict=True)
+    ]
+    text = f"setp.{comparison}.{kind} %p|%q, %a0, %a1; selp.b32 %d, 1, 0, %p; @%q add.u32 %d, %d, 2;"
+    want = [int(COMPARISONS[comparison](*p)) for p in pairs]
+    assert execute(text, columns) == [a + 2 * b for a, b in zip(want, want[::-1], strict=True)]
 
 
 def test_flushing_and_saturation():

@@ -15,9 +15,11 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from tests.ptx import PtxError  # noqa: E402
 from tests.ptx import tutorial_kernels as tutorial  # noqa: E402
+from tests.ptx.asynchronous import TensorMap  # noqa: E402
 from tests.ptx.triton_driver import Recorder, interpreted  # noqa: E402
 
 both = pytest.mark.parametrize("capability", [80, 90])
@@ -201,6 +203,66 @@ def test_addresses_in_memory_need_registered_tensors():
         recorder.register(x)
         gather_kernel[(1,)](addresses, out, BLOCK=32)
     assert torch.equal(out, x)
+
+
+@triton.jit
+def transpose_kernel(source, target, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    target.store([column, row], source.load([row, column]).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("tile", [(16, 32), (32, 64), (64, 128)], ids=str)
+def test_descriptors_made_on_the_host(dtype, tile):
+    """Of a part of a larger tensor, with tiles beyond its edge: zeros are read there, nothing is written."""
+    rows, columns = tile
+    whole = torch.randint(-100, 100, (80, 160)).to(dtype)
+    source, target = whole[:70, :144], torch.full((160, 80), 77).to(dtype)
+    with interpreted(90) as recorder:
+        transpose_kernel[-(-70 // rows), -(-144 // columns)](
+            TensorDescriptor.from_tensor(source, [rows, columns]),
+            TensorDescriptor.from_tensor(target[:150, :72], [columns, rows]),
+            *tile,
+        )
+    assert torch.equal(target[:144, :70], source.T)
+    reached = min(150, -(-144 // columns) * columns)
+    assert not target[144:reached, :72].any()
+    assert not target[:144, 70:72].any()
+    assert (target[reached:] == 77).all()
+    assert (target[:, 72:] == 77).all()
+    assert "cp.async.bulk.tensor" in recorder.launches[0].ptx
+
+
+def test_descriptors_whose_tensor_is_too_short():
+    """The driver would not know it either: what is read beyond the tensor is an error here."""
+    source, target = torch.zeros(32, 32), torch.zeros(32, 32)
+    long = TensorDescriptor(source, [64, 32], [32, 1], [32, 32])
+    with interpreted(90), pytest.raises(PtxError, match="out of bounds"):
+        transpose_kernel[2, 1](long, TensorDescriptor.from_tensor(target, [32, 32]), 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"address": 8}, "multiples of 16 bytes"),
+        ({"strides": (36, 1)}, "multiples of 16 bytes"),
+        ({"strides": (64, 2)}, "multiples of 16 bytes"),
+        ({"box": (257, 64)}, "cannot have a box"),
+        ({"box": (16, 4)}, "cannot have a box"),
+    ],
+)
+def test_tensor_maps_that_the_driver_refuses(arguments, words):
+    good = {
+        "address": 1024,
+        "element": 10,
+        "swizzle": 3,
+        "box": (16, 64),
+        "shape": (70, 64),
+        "strides": (64, 1),
+    }
+    assert len(TensorMap.tiled(**good)) == 128
+    with pytest.raises(PtxError, match=words):
+        TensorMap.tiled(**{**good, **arguments})
 
 
 def test_clusters_are_refused():

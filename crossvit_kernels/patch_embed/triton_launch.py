@@ -111,7 +111,7 @@ def cut(
         tables = [t for axis in range(2) for t in _taps(old[axis], new[axis], seen[axis], image.device)]
         width, window = _window(old[1], new[1], seen[1])
     height = max(1, min(32, 1024 // max(width, window)))
-    of_bytes = levels(planes, mean, std).to(image.device) if image.dtype == torch.uint8 else None
+    of_bytes = _levels(planes, _key(mean), _key(std), image.device) if image.dtype == torch.uint8 else None
     with on_device_of(image):
         kernels.cut[batch * planes * -(-seen[0] // height) * -(-seen[1] // width),](
             *(image, *tables, of_bytes, patches, planes, *seen, old[1], tokens, columns, *image.stride()),
@@ -182,6 +182,21 @@ def _interpolation(old: int, new: int, seen: int, device: torch.device) -> Tenso
     for place, weight in zip(places, weights, strict=True):  # several taps may lie on one line of the edge
         matrix.scatter_add_(1, place.long()[:, None], weight[:, None])
     return matrix
+
+
+# Tables are copied to a device once: a copy would make the CPU wait, and cannot be recorded into a CUDA graph.
+
+
+def _key(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+@lru_cache(maxsize=16)
+def _levels(
+    planes: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        return levels(planes, mean, std).to(device)
 
 
 @lru_cache(maxsize=16)
