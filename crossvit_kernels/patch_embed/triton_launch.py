@@ -184,7 +184,7 @@ def _interpolation(old: int, new: int, seen: int, device: torch.device) -> Tenso
     return matrix
 
 
-# Tables are copied to a device once: a copy would make the CPU wait, and cannot be recorded into a CUDA graph.
+# Tables are copied to a device once: a copy makes the CPU wait, and cannot be recorded into a CUDA graph.
 
 
 def _key(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
