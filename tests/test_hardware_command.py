@@ -119,13 +119,13 @@ def test_the_budget():
 
 def test_a_command_is_interrupted_at_its_limit():
     code = (
-        "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('end')"
+        "import time\ntry: print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('end')"
     )
     began = time.monotonic()
-    outcome = hardware.run([sys.executable, "-c", code], 2)
+    outcome = hardware.run([sys.executable, "-c", code], 4)  # Python itself takes a while to start
     assert outcome.lines == ["begun", "end"]
     assert outcome.stopped
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 12
     done = hardware.run(
         [sys.executable, "-c", "import os; print(os.environ['X'])"], 60, environment={"X": "y"}
     )

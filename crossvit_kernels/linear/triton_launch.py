@@ -290,7 +290,7 @@ def _tiles_of(x: Tensor, columns: int, epilogue: str, activation: str | None, de
     narrow = epilogue == "activation_gradient" or (
         not tma and (epilogue != "forward" or activation == "gelu")
     )
-    return tiles_of_product(architecture, x.dtype, x.shape[1], narrow, tma, small)
+    return tiles_of_product(architecture, x.dtype, x.shape[1], columns, narrow, tma, small)
 
 
 def _has_descriptor(x: Tensor) -> bool:

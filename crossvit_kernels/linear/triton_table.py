@@ -1,7 +1,8 @@
-"""Which tiles the products of linear layers use, by architecture and dtype.
+"""Which tiles the products of linear layers use, by architecture, dtype and size.
 
-Chosen from what the kernels compile to, nothing was measured: nothing in a thread's memory, two programs on a
-multiprocessor, so that one multiplies while the other is in its epilogue.
+Chosen from what the kernels compile to: nothing in a thread's memory, two programs on a multiprocessor, so
+that one multiplies while the other is in its epilogue. `_MEASURED` goes before that: `python -m
+benchmarks.tune_linear` writes it on a GPU.
 """
 
 from __future__ import annotations
@@ -40,20 +41,28 @@ class Tiles:
         return half if self.tma and half >= self.slice and 0 < columns % self.columns <= half else 0
 
 
+# (architecture, dtype, depth, columns, narrow, small) -> what was fastest.
+# Written by benchmarks/tune_linear.py from here to the end of the braces.
+_MEASURED: dict[tuple[str, torch.dtype, int, int, bool, bool], Tiles] = {}
+
+
 def has_tma(architecture: str) -> bool:
     """Whether tiles are copied by the TMA unit. (sm_120 has one, but no room for what it is good for.)"""
     return nearest(architecture) in ("sm_90", "sm_100")
 
 
 def tiles_of_product(
-    architecture: str, dtype: torch.dtype, depth: int, narrow: bool, tma: bool, small: bool
+    architecture: str, dtype: torch.dtype, depth: int, columns: int, narrow: bool, tma: bool, small: bool
 ) -> Tiles:
-    """For operands of `dtype`.
+    """For operands of `dtype`, `depth` numbers of which are summed for each of `columns` results of a row.
 
     narrow: slices of half the width, for epilogues that have twice the numbers in registers.
     small: tiles of 128 x 128 would leave multiprocessors without one.
     """
     architecture = nearest(architecture)
+    measured = _MEASURED.get((architecture, dtype, depth, columns, narrow, small))
+    if measured is not None and (tma or not measured.tma):
+        return measured
     amd = FAMILIES[architecture] == "amd"
     slice_ = 32 if narrow else 64
     # ptxas aims at 80 or 96 registers where four warps take few, and keeps a predicate in memory then.
@@ -64,8 +73,7 @@ def tiles_of_product(
         step = 64 if depth % 64 == 0 else 32
         return Tiles(64, 64, step, slice_, 4, 3, tma, registers=of_four_warps)
     if tma:
-        # Rows of 128 bytes are what the unit copies best; half of them waste nothing where 64 do not divide
-        # K.
+        # Rows of 128 bytes are what the unit copies best; half of them, where 64 do not divide K.
         step, stages = (64, 3) if depth % 64 == 0 else (32, 4)
         return Tiles(128, 128, step, slice_, 8, stages, True)
     if amd:

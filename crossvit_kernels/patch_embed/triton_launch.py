@@ -49,7 +49,7 @@ def forward(
     rows, depth = batch * tokens, matrix.shape[1]
     architecture = architecture_of_device()
     small = -(-rows // 128) * -(-channels // 128) < gpu_of(image.device).multiprocessors
-    tiles = tiles_of_product(architecture, weight.dtype, depth, False, False, small)
+    tiles = tiles_of_product(architecture, weight.dtype, depth, channels, False, False, small)
     precise = precision_of_float32() if allows_tf32(architecture) else "ieee"
     limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     with on_device_of(image):
