@@ -11,6 +11,7 @@ from torch import Tensor
 from . import native
 from .backends import BACKENDS
 from .cross_attention import cross_attention, cuda_launch
+from .cross_attention.gpu import gpu_of
 from .cross_fusion import FusionWeights, cross_fusion
 from .linear import linear
 from .modes import without_autocast
@@ -72,7 +73,10 @@ class _Inputs:
         return [*self.norm(width), *(x for _ in range(4) for x in self.linear(width, width))]
 
 
-def _attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+Case = tuple[list[Tensor], Callable]
+
+
+def _attention_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
     """Tensors, of which the first two are tokens, and the operation of them and a backend."""
     draw = _Inputs()
     tensors = [draw.normal(3, 1, widths[0]), draw.normal(3, _PATCHES, widths[0])]
@@ -84,7 +88,7 @@ def _attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[li
     return tensors, run
 
 
-def _fusion_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+def _fusion_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
     draw = _Inputs()
     tensors = [draw.normal(3, 1 + _PATCHES, widths[0]), draw.normal(3, 18, widths[1])]
     for own, other in (widths, widths[::-1]):
@@ -98,9 +102,17 @@ def _fusion_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[
     return tensors, run
 
 
-def _linear_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+def _rows_for(device: torch.device, columns: int, tokens: int) -> int:
+    """Images of so many tokens: on a GPU enough for the large tiles, which are 128 x 128, else three."""
+    if device.type != "cuda":
+        return 3
+    return -(-128 * -(-gpu_of(device).multiprocessors // -(-columns // 128)) // tokens) + 1
+
+
+def _linear_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
     draw, (width, outputs) = _Inputs(), widths
-    tensors = [draw.normal(3, _PATCHES, width), draw.normal(3, _PATCHES, outputs)]
+    batch = _rows_for(device, min(widths), _PATCHES)
+    tensors = [draw.normal(batch, _PATCHES, width), draw.normal(batch, _PATCHES, outputs)]
     tensors += [*draw.linear(outputs, width), *draw.norm(width)]
 
     def run(x: list[Tensor], backend: str) -> list[Tensor]:
@@ -118,27 +130,29 @@ def _linear_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[
     return tensors, run
 
 
-def _self_attention_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+def _self_attention_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
     def run(x: list[Tensor], backend: str) -> list[Tensor]:
         return [self_attention(x[0], heads[0], backend=backend)]
 
     return [_Inputs().normal(3, _PATCHES, 3 * widths[0])], run
 
 
-def _patch_embed_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
-    """Resized, with a remainder: 7 x 9 patches of 4 pixels."""
-    draw, (width,) = _Inputs(), widths
-    tensors = [draw.normal(3, 3, 33, 41), draw.normal(64, width)]
-    tensors += [draw.normal(width, 3, 4, 4) / 48**0.5, draw.normal(width), draw.normal(width)]
+def _patch_embed_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
+    """Resized, with a remainder: 7 x 9 patches."""
+    draw, (width, side) = _Inputs(), widths
+    size, batch = (7 * side + 2, 9 * side + 1), _rows_for(device, width, 64)
+    tensors = [draw.normal(batch, 3, size[0] + 3, size[1] + 4), draw.normal(64, width)]
+    tensors += [draw.normal(width, 3, side, side) / (3 * side * side) ** 0.5]
+    tensors += [draw.normal(width), draw.normal(width)]
 
     def run(x: list[Tensor], backend: str) -> list[Tensor]:
         image, position, weight, bias, cls_token = x
-        return [patch_embed(image, weight, bias, position, cls_token, size=(30, 37), backend=backend)]
+        return [patch_embed(image, weight, bias, position, cls_token, size=size, backend=backend)]
 
     return tensors, run
 
 
-def _add_position_case(widths: tuple[int, ...], heads: tuple[int, ...]) -> tuple[list[Tensor], Callable]:
+def _add_position_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
     """Patches as a convolution leaves them."""
     draw, (width,) = _Inputs(), widths
     tensors = [draw.normal(3, width, _PATCHES).mT, draw.normal(1 + _PATCHES, width), draw.normal(width)]
@@ -164,7 +178,7 @@ _WIDTHS = {
     "cross_fusion": ((40, 96), (3, 4)),
     "linear": ((65, 130), ()),
     "self_attention": ((144,), (3,)),
-    "patch_embed": ((35,), ()),
+    "patch_embed": ((35, 4), ()),
     "add_position": ((35,), ()),
 }
 
@@ -185,8 +199,8 @@ def what_is_wrong(
     `widths` and `heads` are those of the operation's directions; tokens and weights of different dtypes are
     what autocast gives.
     """
-    tensors, run = _CASES[operation](widths, heads)
     device = torch.device(device)
+    tensors, run = _CASES[operation](widths, heads, device)
     dtypes = [tokens if i < 2 or x.ndim < 2 else weights for i, x in enumerate(tensors)]
     given = [x.to(dtype).to(device) for x, dtype in zip(tensors, dtypes, strict=True)]
 

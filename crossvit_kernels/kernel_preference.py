@@ -53,11 +53,16 @@ def ahead(
 
 
 def has_a_say(requested: str, call: Call) -> bool:
-    """Whether `chosen` is to be asked: "auto" on a GPU; torch.compile keeps PyTorch's operators."""
+    """Whether `chosen` is to be asked: "auto" on a GPU.
+
+    Not within torch.compile, which keeps PyTorch's operators, nor under torch.func or a mode that sees
+    operators, where nothing can be tried.
+    """
     automatic = (selected() if requested == "auto" else requested) == "auto"
-    return (
-        automatic and call.device in (BACKENDS["triton"].devices or ()) and not torch.compiler.is_compiling()
-    )
+    of_gpu = call.device in (BACKENDS["triton"].devices or ())
+    if not (automatic and of_gpu) or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and not torch._C._len_torch_dispatch_stack()
 
 
 def chosen(

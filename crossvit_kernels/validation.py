@@ -65,8 +65,8 @@ def validate(
     Args:
         operation: "cross_attention", "cross_fusion", "linear", "self_attention", "patch_embed" or
             "add_position".
-        widths: C of each direction's patches, of S and L for the fusion; (C_in, C_out) for "linear", (C,) for
-            the others.
+        widths: C of each direction's patches, of S and L for the fusion; (C_in, C_out) for "linear", (C, side
+            of a patch) for "patch_embed", (C,) for the others.
         num_heads: H of each direction; (H,) for "self_attention", () for the others.
         dtype: of the tokens.
         weights_dtype: autocast's dtype where it is another one.
@@ -111,7 +111,10 @@ def _tried(backend: str, kind: Kind, gradients: bool) -> str | None:
     key = (backend, kind, gradients)
     if key not in _decisions:
         # Without a lock: a trial differentiates, on threads of autograd that may themselves want to try.
-        wrong = _try(backend, kind, gradients)
+        try:
+            wrong = _try(backend, kind, gradients)
+        except torch.OutOfMemoryError:
+            return "there was no memory to try it"  # which says nothing of the kernels: tried again later
         if _decisions.setdefault(key, wrong) is wrong and wrong is not None:
             what = f"{kind.operation}{', backward,' if gradients else ''}"
             _log.warning(
@@ -134,6 +137,8 @@ def _try(backend: str, kind: Kind, gradients: bool) -> str | None:
                 operation, backend, device, widths=widths, heads=heads, tokens=tokens, weights=weights,
                 gradients=gradients,
             )[1]  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
 

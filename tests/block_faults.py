@@ -258,8 +258,8 @@ PATCH_FAULTS = tuple(
         (
             "the CLS token has a bias",
             _PATCHES,
-            "tl.where(is_patch[:, None], of_patch[None, :], added[None, :])",
-            "tl.where(is_patch[:, None], of_patch[None, :], (of_patch + added)[None, :])",
+            "slices[i] + of_patch[None, :], added[None, :])",
+            "slices[i] + of_patch[None, :], (of_patch + added)[None, :])",
         ),
         (
             "patches have the position before theirs",
@@ -332,8 +332,8 @@ PATCH_FAULTS = tuple(
         (
             "a remainder at the edge counts as a patch",
             _PATCHES_LAUNCH,
-            "tokens, width // side, *strides",
-            "tokens, -(-width // side), *strides",
+            "depth, tokens, width // side),",
+            "depth, tokens, -(-width // side)),",
         ),
     )
 )

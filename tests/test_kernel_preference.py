@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -128,11 +129,37 @@ def test_auto_leaves_what_is_wrong_and_says_so_once(caplog):
     assert "does not use the backend triton" in caplog.text
 
 
+def test_nothing_is_tried_where_it_cannot_be(caplog):
+    """Under torch.func and modes that see operators, whose errors would count as the kernels'."""
+    x = [t.to(BF16) for t in linear_inputs((3, 5), 40, 24)]
+    key = ("sm_90", "linear", (40, 24, "norm, gelu"), False, BF16)
+    with (
+        without_a_gpu("sm_90") as recorder,
+        mock.patch.dict(kernel_preference._MEASURED, {key: ((10**9, True),)}),
+    ):
+        torch.vmap(lambda t: _linear([t, *x[1:]]))(x[0])
+        torch.func.grad(lambda t: _linear([t, *x[1:]]).float().sum())(x[0])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _linear(x)
+        assert not recorder.launches
+        _linear(x)
+        assert recorder.launches
+    assert not caplog.records
+
+
+def test_a_trial_without_memory_is_repeated():
+    kind = validation.Kind("linear", torch.device("cpu"), (40, 24), (), BF16, BF16)
+    with mock.patch("crossvit_kernels.check.what_is_wrong", side_effect=torch.OutOfMemoryError):
+        assert not validation.trusted("triton", kind, False)
+    with mock.patch("crossvit_kernels.check.what_is_wrong", return_value=(0.0, None)):
+        assert validation.trusted("triton", kind, False)
+
+
 def test_validating_ahead_of_time():
     """Of the one backend that has kernels for it."""
     with without_a_gpu("sm_90"):
         for operation, widths, heads in (
-            *(("linear", (40, 72), ()), ("self_attention", (96,), (3,)), ("patch_embed", (24,), ())),
+            *(("linear", (40, 72), ()), ("self_attention", (96,), (3,)), ("patch_embed", (24, 4), ())),
             ("add_position", (24,), ()),
         ):
             kind = {"widths": widths, "num_heads": heads, "dtype": BF16, "device": "cpu"}
@@ -148,6 +175,6 @@ def test_auto_leaves_what_the_kernels_do_not_take_and_what_is_compiled():
     }
     scale = torch.ones(3, requires_grad=True)
     with without_a_gpu("sm_90") as recorder, mock.patch.dict(kernel_preference._MEASURED, keys):
-        _linear(x, residual=normal(3, 5, 24).to(BF16), residual_scale=scale)
+        _linear(x, residual_scale=scale)
         torch.compile(lambda t: _linear([t, *x[1:]]), fullgraph=True, backend="eager")(x[0])
         assert not recorder.launches

@@ -49,7 +49,7 @@ FAST = (
 CASES = [
     case if case in FAST else pytest.param(*case, marks=pytest.mark.interpreted)
     for case in itertools.product(("sm_80", "sm_90"), STORED, SIZES, OPTIONS)
-    if not (case[2][1] == 1 and case[3][0])  # of one channel nothing is left behind a LayerNorm
+    if not (case[2][1] == 1 and case[3][0])  # a LayerNorm over one channel has no gradient but rounding
 ]
 
 
@@ -186,6 +186,43 @@ def test_rows_that_the_tma_unit_cannot_address(target):
         assert torch.equal(
             run_linear([row, *x[1:]], "triton"), run_linear([row.contiguous(), *x[1:]], "triton")
         )
+
+
+@targets
+def test_one_channel_and_rows_that_overlap(target):
+    """Which are not copied, or have a stride that means nothing."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = [t.to(dtype) for t in linear_inputs((5,), 1, 8)]
+        with on(target):
+            y = run_linear(given(x, True, False), "triton", None)
+            torch.testing.assert_close(y, run_linear(given(x, True, False), "reference", None))
+            apart = torch.randn(16, 16).to(dtype)[:, ::2][:, :1].requires_grad_()
+            leaf = x[1].detach().requires_grad_()
+            y = linear(apart, leaf, backend="triton")
+            grads = torch.autograd.grad(y.sum(), (apart, leaf))
+        want = torch.autograd.grad(linear(apart, leaf, backend="reference").sum(), (apart, leaf))
+        for mine, eager in zip(grads, want, strict=True):
+            torch.testing.assert_close(mine, eager)
+    overlapping = torch.randn(20).unfold(0, 16, 1)
+    weight = torch.randn(8, 16)
+    with on(target), torch.autocast("cpu", torch.bfloat16):
+        mine, eager = (linear(overlapping, weight, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(mine.bfloat16(), eager.bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+@targets
+def test_infinite_z_without_a_gradient(target):
+    """Beyond float16, in a column that nothing depends on: zero times infinity."""
+    x = [t.half() for t in linear_inputs((7,), 16, 8)]
+    x[1][3] *= 6e4
+    leaves = [t.detach().requires_grad_() for t in x[:5]]
+    with on(target):
+        y = run_linear([*leaves, None], "triton", None)
+        assert not torch.isfinite(y[:, 3]).all()
+        weights = torch.ones_like(y)
+        weights[:, 3] = 0
+        grads = torch.autograd.grad(y, leaves, weights)
+    assert torch.isfinite(grads[0]).all()
 
 
 @targets
@@ -355,7 +392,7 @@ def test_what_is_saved():
 def test_only_what_is_wanted_is_computed():
     x = [t.float() for t in linear_inputs((5,), 16, 24)]
     with on("sm_80") as recorder:
-        for i, absent in ((0, "weight_gradient"), (1, None), (2, None), (5, "product")):
+        for i, absent in ((0, "weight_gradient"), (1, "product"), (2, "product"), (5, "product")):
             leaves = [t.detach() for t in x]
             leaves[i].requires_grad_()
             y = run_linear(leaves, "triton")
@@ -380,7 +417,16 @@ def test_second_derivatives_and_the_operator_itself():
         for mine, want in zip(*found, strict=True):
             torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
         leaves = [t.detach().requires_grad_() for t in x]
-        torch.library.opcheck(gpu_op.FORWARD, (*leaves, None, 1e-6, "gelu", True))
+        arguments = (*leaves, None, 1e-6, "gelu", True)
+        torch.library.opcheck(gpu_op.FORWARD, arguments)
+        y, z, *kept = (t.detach() for t in gpu_op.FORWARD(*arguments))
+        plain = [t.detach() for t in leaves]
+        gradient = (torch.ones_like(y), *plain[:2], *plain[3:5], None, z, *kept, 1e-6, "gelu", [True] * 5)
+        torch.library.opcheck(gpu_op.BACKWARD, gradient)
+        with pytest.raises(ValueError, match="residual must have 3 rows of 6, got"):
+            gpu_op.FORWARD(*plain[:5], plain[5][:1], None, 1e-6, "gelu", False)
+        with pytest.raises(ValueError, match="residual_scale must divide 3 rows, got 2 numbers"):
+            gpu_op.FORWARD(*plain, torch.ones(2), 1e-6, "gelu", False)
 
 
 def test_compiling():

@@ -96,6 +96,46 @@ def test_under_autocast(target):
         check_values(mine[name].bfloat16(), eager[name].bfloat16(), want, name)
 
 
+def test_backward_within_autocast():
+    """Which would round what the image's gradient is put together from."""
+    x = [t.float() for t in inputs((1, 1, 9, 11), 2, 4, (8, 8))]
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [t.detach().requires_grad_() for t in x]
+        with without_a_gpu("sm_80"):
+            y = patch_embed(*leaves, size=(8, 8), backend=backend)
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(torch.autograd.grad(y.square().sum(), leaves))
+    for mine, eager in zip(*found, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
+@targets
+def test_images_and_patches_far_apart(target):
+    """Channels more than 2^31 bytes apart, in memory that is never touched but for them."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    image = far.as_strided((1, 3, 4, 4), (0, 2**30, 4, 1))
+    patches = far.as_strided((1, 2, 3), (0, 8, 2**30))
+    x = [t.bfloat16() for t in inputs((1, 3, 4, 4), 2, 8, None)]
+    image.copy_(x[0])
+    with without_a_gpu(target):
+        assert torch.equal(patch_embed(image, *x[1:], backend="triton"), patch_embed(*x, backend="triton"))
+        position, cls = torch.randn(3, 3), torch.randn(3)
+        patches.copy_(torch.randn(1, 2, 3))
+        mine, want = (add_position(patches, position, cls, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(mine, want)
+
+
+@targets
+def test_an_infinite_weight_leaves_the_cls_token(target):
+    x = [t.bfloat16() for t in inputs((1, 3, 8, 8), 4, 8, None)]
+    x[1][5, 0, 0, 0] = float("inf")
+    with without_a_gpu(target):
+        y = patch_embed(*x, backend="triton")
+    assert torch.isfinite(y[:, 0]).all()
+    assert not torch.isfinite(y[:, 1:, 5]).any()
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
@@ -173,6 +213,9 @@ def test_second_derivatives_and_the_operator_itself():
         leaves = [t.detach().requires_grad_() for t in x]
         leaves[3:] = [x[3][0].detach().requires_grad_(), x[4].flatten().detach().requires_grad_()]
         torch.library.opcheck(gpu_op.FORWARD, (*leaves, [4, 4], None, None))
+        grad = torch.randn(1, 5, 4)
+        plain = [t.detach() for t in leaves[:2]]
+        torch.library.opcheck(gpu_op.BACKWARD, (grad, *plain, [4, 4], None, None, [True] * 5))
 
 
 def test_compiling():
@@ -248,6 +291,8 @@ def test_what_add_position_saves_and_refuses():
             add_position(*wrong)
     with pytest.raises(RuntimeError, match="cpu: it does not implement add_position"):
         add_position(*x, backend="cpu")
+    with pytest.raises(RuntimeError, match="triton: it does not take float64"):
+        add_position(x[0], x[1].double(), x[2], backend="triton")
     with pytest.raises(TypeError, match="position must be a floating-point tensor"):
         add_position(x[0], x[1].detach().long(), x[2])
 

@@ -35,6 +35,12 @@ def on_device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def within_reach(x: Tensor) -> Tensor:
+    """As it is, or contiguous: offsets within an image are 32-bit numbers in Triton's kernels of layers."""
+    farthest = sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x if farthest < 2**31 else x.contiguous()
+
+
 def scores_to_attention(directions: list[tuple[Direction, ForwardOutputs]]) -> None:
     """Turns the scores in base 2 that forward's kernels leave where the attention is asked for into it.
 

@@ -68,7 +68,8 @@ def linear(
     Differentiable any number of times. `cpu` computes forward natively and gradients through the definition
     in PyTorch's operators, from the inputs, which are all that is saved; it has no residual_scale. `triton`
     has kernels for the gradients, the same bits in every run, but none for residual_scale's; with a LayerNorm
-    or an activation it saves what the activation was taken of, and the weight with norm_weight in it.
+    or an activation it saves what the activation was taken of, which may be y itself (do not change it in
+    place), and the weight with norm_weight in it.
 
     Dtypes: outside autocast all tensors share one floating-point dtype; the LayerNorm's may stay in float32.
     Under autocast the residual takes the dtype of x, weight and bias take autocast's dtype. Sums are float32

@@ -66,7 +66,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         rest = [statistics, folded, vectors] if saves else rest
         weight = folded
     launch.product(
-        *(matrix.to(weight.dtype), launch.rows_of(weight), to),
+        *(launch.rows_of(matrix.to(weight.dtype)), launch.rows_of(weight), to),
         z=z.view(-1, outputs) if z.numel() else None,
         residual=None if residual is None else launch.rows_of(residual),
         scale=scale,

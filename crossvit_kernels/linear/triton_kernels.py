@@ -73,7 +73,7 @@ def slope(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         return tl.where(z <= 0.0, 0.0, 1.0)
     else:
-        return z * 0.0 + 1.0
+        return tl.full(z.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def _finish(
 @triton.jit
 def _tile(
     x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns, depth,
-    of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+    channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEST: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
@@ -264,7 +264,6 @@ def _tile(
     mean = tl.zeros([ROWS], tl.float32)
     rstd = mean
     if PARTS > 0:
-        channels = columns if EPILOGUE == "norm_gradient" else depth
         mean, rstd = row_statistics(statistics, m, rows, channels, eps, PARTS, PART)
     of_row = scale
     if scale is not None:
@@ -297,10 +296,10 @@ def _tile(
         tl.store(to + rows, second, mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "of_scale"])
+@triton.jit(do_not_specialize=["rows", "channels", "of_scale"])
 def product(
     x, w, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, rows, columns, depth,
-    of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+    channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
@@ -315,8 +314,8 @@ def product(
     "norm_gradient": the gradient of a LayerNorm's input `z`, plus residual, from dz' (SCALED) or dz, and
         their `sums` [SUMS, 2, rows].
 
-    scale: [rows / of_scale], one number for so many rows. TAIL: columns of the last tile, where they are
-    fewer, with descriptors `w_tail`; 0 for none.
+    channels: of the LayerNorm. scale: [rows / of_scale], one number for so many rows. TAIL: columns of the
+    last tile, where they are fewer, with descriptors `w_tail`; 0 for none.
     """
     tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS
@@ -325,21 +324,21 @@ def product(
         if column + COLUMNS > columns:
             _tile(
                 x, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows,
-                columns, depth, of_scale, stride_x, stride_w, stride_z, stride_residual, eps, EPILOGUE,
-                ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT, ROWS, TAIL, COLUMNS, SLICE,
-                STEP, WHOLE, TMA, PRECISION,
+                columns, depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+                EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
+                ROWS, TAIL, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
             )  # fmt: skip
         else:
             _tile(
                 x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
-                depth, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+                depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
                 EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
                 ROWS, COLUMNS, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
             )  # fmt: skip
     else:
         _tile(
             x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
-            depth, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+            depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
             EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
             ROWS, COLUMNS, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
         )  # fmt: skip

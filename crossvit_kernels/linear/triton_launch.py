@@ -63,7 +63,7 @@ def defers(x: Tensor, weight: Tensor) -> bool:
 def rows_of(x: Tensor) -> Tensor:
     """[..., C] as a matrix whose rows are contiguous."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def fold(weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,54 +131,73 @@ def product(
     `statistics_for` does.
     """
     rows, columns = y.shape
+    channels = columns if epilogue == "norm_gradient" else x.shape[1]
+    _check(y, residual, scale)
     if x.shape[1] == 1:  # Triton would compile it as a constant, and without the loop its wgmma is wrong
         x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1) if transposed else (0, 0, 0, 1))
     depth = x.shape[1]
     matrices = [m for m in (x, weight, y, z, residual) if m is not None]
-    tiles = _tiles_of(x, columns, epilogue, activation, all(map(_has_descriptor, matrices)))
-    tail, step = tiles.tail(columns), tiles.step
-
-    def tile(matrix: Tensor | None, height: int, width: int) -> Any:
-        return _descriptor(matrix, height, width) if tiles.tma and matrix is not None else matrix
-
-    def of_weight(width: int) -> Any:
-        return tile(weight, width, step) if transposed else tile(weight, step, width)
-
-    precise = precision_of_float32() if allows_tf32(architecture_of_device()) else "ieee"
-    parts = 0 if statistics is None else statistics.values.shape[0]
-    limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     with on_device_of(x):
+        tiles = _tiles_of(x, columns, epilogue, activation, all(map(_has_descriptor, matrices)))
+        _check_room(tiles, columns, sums if epilogue == "activation_gradient" else None, left)
+        tail, step = tiles.tail(columns), tiles.step
+
+        def tile(matrix: Tensor | None, height: int, width: int) -> Any:
+            return _descriptor(matrix, height, width) if tiles.tma and matrix is not None else matrix
+
+        def of_weight(width: int) -> Any:
+            return tile(weight, width, step) if transposed else tile(weight, step, width)
+
+        given, part = (None, 0) if statistics is None else statistics
+        limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
         kernels.product[-(-rows // tiles.rows) * -(-columns // tiles.columns),](
             *(tile(x, tiles.rows, step), of_weight(tiles.columns), of_weight(tail) if tail else None),
             *(tile(m, tiles.rows, tiles.slice) for m in (y, z, residual)),
-            *(bias, colsum, None if statistics is None else statistics.values, scale, sums, left),
-            *(rows, columns, depth, 1 if scale is None else rows // scale.shape[0]),
+            *(bias, colsum, given, scale, sums, left),
+            *(rows, columns, depth, channels, 1 if scale is None else rows // scale.shape[0]),
             *(x.stride(0), weight.stride(0)),
             *(0 if m is None else m.stride(0) for m in (z, residual)),
             eps,
             **{"EPILOGUE": epilogue, "ACTIVATION": activation, "NORM": colsum is not None, "SCALED": scaled},
-            **{
-                "TRANSPOSED": transposed,
-                "PARTS": parts,
-                "PART": 0 if statistics is None else statistics.part,
-            },
+            **{"TRANSPOSED": transposed, "PARTS": 0 if given is None else given.shape[0], "PART": part},
             **{"SUMS": sums.shape[0] if epilogue == "norm_gradient" and sums is not None else 0},
             **{"OUT": _DTYPES[y.dtype], "ROWS": tiles.rows, "COLUMNS": tiles.columns, "TAIL": tail},
             **{"SLICE": tiles.slice, "STEP": step, "WHOLE": depth % step == 0, "TMA": tiles.tma},
-            **{"PRECISION": precise, "num_warps": tiles.warps, "num_stages": tiles.stages, **limit},
+            **{"PRECISION": _precision(), "num_warps": tiles.warps, "num_stages": tiles.stages, **limit},
         )
+
+
+def _check(y: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:
+    """Of callers of the operators themselves; the public function has refused it in its own words."""
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual must have {y.shape[0]} rows of {y.shape[1]}, got {list(residual.shape)}")
+    if scale is not None and (scale.shape[0] == 0 or y.shape[0] % scale.shape[0]):
+        raise ValueError(f"residual_scale must divide {y.shape[0]} rows, got {scale.shape[0]} numbers")
+
+
+def _check_room(tiles: Tiles, columns: int, sums: Tensor | None, left: Tensor | None) -> None:
+    if sums is not None and sums.shape[0] != -(-columns // tiles.columns):
+        raise ValueError(f"sums must be what sums_for allocates for tiles of {tiles.columns} columns")
+    if left is not None and left.shape[0] != -(-columns // tiles.slice):
+        raise ValueError(f"left must be what statistics_for allocates for slices of {tiles.slice} columns")
+
+
+def _precision() -> str:
+    return precision_of_float32() if allows_tf32(architecture_of_device()) else "ieee"
 
 
 def statistics_for(x: Tensor, columns: int) -> Statistics:
     """Room for what a forward product of x, without activation, leaves of its `columns` results a row."""
-    width = _tiles_of(x, columns, "forward", None, True).slice
+    with on_device_of(x):
+        width = _tiles_of(x, columns, "forward", None, True).slice
     values = x.new_empty((-(-columns // width), 2, x.shape[0]), dtype=torch.float32)
     return Statistics(values, width)
 
 
 def sums_for(x: Tensor, columns: int) -> Tensor:
     """Room for m1 and m2 of the rows of an "activation_gradient"."""
-    tiles = _tiles_of(x, columns, "activation_gradient", "gelu", True)
+    with on_device_of(x):
+        tiles = _tiles_of(x, columns, "activation_gradient", "gelu", True)
     return x.new_empty((-(-columns // tiles.columns), 2, x.shape[0]), dtype=torch.float32)
 
 
@@ -239,28 +258,26 @@ def weight_gradient(
     The rows are summed in parts, so many that all multiprocessors have two programs, and these in order.
     """
     rows, outputs, channels = dz.shape[0], dz.shape[1], x.shape[1]
-    architecture = architecture_of_device()
-    tma = has_tma(architecture) and all(map(_has_descriptor, (dz, x)))
-    tiles = tiles_of_weight_gradient(architecture, x.dtype, tma)
-    programs = -(-outputs // tiles.rows) * -(-channels // tiles.columns)
-    wanted = max(1, min(2 * gpu_of(x.device).multiprocessors // programs, rows // (4 * tiles.step)))
-    of_part = -(-rows // (wanted * tiles.step)) * tiles.step
-    parts = -(-rows // of_part)
-    products = x.new_empty((parts, outputs, channels), dtype=torch.float32)
-    totals = x.new_empty((parts, outputs, 16), dtype=torch.float32)
-    dw, db = torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(outputs)
-    height, width = 16, 128
-    of_norm = x.new_empty((-(-outputs // height), 2, channels), dtype=torch.float32)
-    operands: list[Any] = [dz, x, beside]
-    if tiles.tma:
-        sizes = (tiles.rows, tiles.columns, 16)
-        operands = [_descriptor(m, tiles.step, size) for m, size in zip(operands, sizes, strict=True)]
-    precise = precision_of_float32() if allows_tf32(architecture) else "ieee"
     with on_device_of(x):
+        tma = has_tma(architecture_of_device()) and all(map(_has_descriptor, (dz, x)))
+        tiles = tiles_of_weight_gradient(architecture_of_device(), x.dtype, tma)
+        programs = -(-outputs // tiles.rows) * -(-channels // tiles.columns)
+        wanted = max(1, min(2 * gpu_of(x.device).multiprocessors // programs, rows // (4 * tiles.step)))
+        of_part = -(-rows // (wanted * tiles.step)) * tiles.step
+        parts = -(-rows // of_part)
+        products = x.new_empty((parts, outputs, channels), dtype=torch.float32)
+        totals = x.new_empty((parts, outputs, 16), dtype=torch.float32)
+        dw, db = torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(outputs)
+        height, width = 16, 128
+        of_norm = x.new_empty((-(-outputs // height), 2, channels), dtype=torch.float32)
+        operands: list[Any] = [dz, x, beside]
+        if tiles.tma:
+            sizes = (tiles.rows, tiles.columns, 16)
+            operands = [_descriptor(m, tiles.step, size) for m, size in zip(operands, sizes, strict=True)]
         kernels.weight_gradient[programs, parts](
             *(*operands, products, totals, rows, of_part, outputs, channels, dz.stride(0), x.stride(0)),
             **{"OUTPUTS": tiles.rows, "CHANNELS": tiles.columns, "STEP": tiles.step, "TMA": tiles.tma},
-            **{"PRECISION": precise, "num_warps": tiles.warps, "num_stages": tiles.stages},
+            **{"PRECISION": _precision(), "num_warps": tiles.warps, "num_stages": tiles.stages},
         )
         kernels.add_parts[-(-outputs // height) * -(-channels // width),](
             *(products, totals, weight.contiguous(), gamma, beta, dw, db if bias else None),
@@ -269,8 +286,9 @@ def weight_gradient(
         )
     if gamma is None:
         return dw, db if bias else None, None, None
-    sums = of_norm.sum(0)
-    return dw, db if bias else None, sums[0].to(gamma.dtype), None if beta is None else sums[1].to(beta.dtype)
+    sums = of_norm.sum(0)  # copied from, so that no result is a view of another
+    of_beta = None if beta is None else sums[1].to(beta.dtype, copy=True)
+    return dw, db if bias else None, sums[0].to(gamma.dtype, copy=True), of_beta
 
 
 def _of_rows() -> dict[str, int]:
@@ -296,7 +314,7 @@ def _tiles_of(x: Tensor, columns: int, epilogue: str, activation: str | None, de
 def _has_descriptor(x: Tensor) -> bool:
     """Whether the TMA unit can address its rows."""
     size = x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(0) > 0
+    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(0) > 0 and x.stride(1) == 1
 
 
 def _descriptor(x: Tensor, height: int, width: int) -> TensorDescriptor:

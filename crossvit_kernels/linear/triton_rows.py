@@ -141,7 +141,7 @@ def gradient_of_rows(
             counted = rounded.to(tl.float32)
             m1 += counted * tl.load(colsum + j, mask=j < outputs, other=0.0)[None, :]
             away = before - tl.load(offset + j, mask=j < outputs, other=0.0)[None, :]
-            m2 += tl.where(inside, counted * away, 0.0)
+            m2 += tl.where(inside & (counted != 0.0), counted * away, 0.0)  # z may be infinite
     if NORM:
         tl.store(sums + m, tl.sum(m1, 1), mask=valid)
         tl.store(sums + rows + m, tl.sum(m2, 1), mask=valid)

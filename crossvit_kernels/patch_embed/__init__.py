@@ -107,7 +107,7 @@ def patch_embed(
             shape=(weight.shape[-1], weight.shape[0], gpu_op.cuts_first(image, weight, size)),
             number=image.shape[0],
             training=wants_gradients,
-            widths=(weight.shape[0],),
+            widths=(weight.shape[0], weight.shape[-1]),
         )
     torch_first = wants_gradients or (size is None and weight.dtype != torch.bfloat16)
     compute = choose("patch_embed", backend, call, TORCH_FIRST if torch_first else IMPLEMENTATIONS)
@@ -147,7 +147,12 @@ def add_position(patches: Tensor, position: Tensor, cls_token: Tensor, *, backen
     check_devices_and_dtypes("patches", patches, others, tuple(others))
     position, cls_token = position.reshape(-1, position.shape[-1]), cls_token.reshape(-1)
     tensors = (patches, position, cls_token)
-    call = Call(patches.device.type, patches.dtype, patches.dtype, plain=plain_operators_only())
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    call = Call(
+        *(patches.device.type, patches.dtype, patches.dtype),
+        plain=plain_operators_only(),
+        against=(("triton", "it does not take float64"),) if wide else (),
+    )
     if kernel_preference.has_a_say(backend, call):
         backend = kernel_preference.chosen(
             *("add_position", call, patches),

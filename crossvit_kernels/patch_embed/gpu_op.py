@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..library import any_requires_grad, define, differentiate_by, vjp
+from ..modes import without_autocast
 from . import reference
 
 
@@ -40,7 +41,8 @@ def _backward(grad: Tensor, image: Tensor, weight: Tensor, *args: Any) -> list[T
     wanted = args[-1]
     if grad.numel() == 0:
         return [empty.zero_() for empty in _backward_fake(grad, image, weight, *args)]
-    found = triton_launch.backward(grad, image, weight, *args)
+    with without_autocast(grad.device.type):
+        found = triton_launch.backward(grad, image, weight, *args)
     return [
         x.clone() if x is not None and want else grad.new_empty(0)
         for x, want in zip(found, wanted, strict=True)

@@ -87,7 +87,8 @@ def embed(
             of_patch = tl.load(bias + j, mask=j < channels, other=0.0).to(tl.float32)
         else:
             of_patch = tl.zeros([SLICE], tl.float32)
-        value = slices[i] + tl.where(is_patch[:, None], of_patch[None, :], added[None, :])
+        # Not slices[i] of the CLS token: zeros times an infinite weight.
+        value = tl.where(is_patch[:, None], slices[i] + of_patch[None, :], added[None, :])
         at = position + (m % tokens)[:, None] * stride_position + j[None, :]
         value += tl.load(at, mask=valid, other=0.0).to(tl.float32)
         tl.store(y + m.to(tl.int64)[:, None] * channels + j[None, :], value, mask=valid)

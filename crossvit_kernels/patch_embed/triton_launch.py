@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from math import gcd
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..cross_attention.gpu import gpu_of, on_device_of
+from ..cross_attention.gpu import gpu_of, on_device_of, within_reach
 from ..cross_attention.triton_launch import architecture_of_device
 from ..cross_attention.triton_table import allows_tf32
 from ..linear import triton_launch as linear_launch
@@ -42,27 +42,21 @@ def forward(
         return y
     matrix, position = linear_launch.rows_of(weight.flatten(1)), linear_launch.rows_of(position)
     is_cut = cuts_first(image, weight, size) or matrix.shape[1] == 1
-    pixels = cut(image, side, weight.dtype, size, mean, std) if is_cut else image
+    pixels = cut(image, side, weight.dtype, size, mean, std) if is_cut else within_reach(image)
     if matrix.shape[1] == 1:  # as in linear's launch
         pixels, matrix = F.pad(pixels, (0, 1)), F.pad(matrix, (0, 1))
     strides = (pixels.stride(0), 0, 0, 0) if is_cut else tuple(pixels.stride())
     rows, depth = batch * tokens, matrix.shape[1]
-    architecture = architecture_of_device()
+    bias, cls_token = None if bias is None else bias.contiguous(), cls_token.contiguous()
     small = -(-rows // 128) * -(-channels // 128) < gpu_of(image.device).multiprocessors
-    tiles = tiles_of_product(architecture, weight.dtype, depth, channels, False, False, small)
-    precise = precision_of_float32() if allows_tf32(architecture) else "ieee"
-    limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
     with on_device_of(image):
+        architecture = architecture_of_device()
+        tiles = tiles_of_product(architecture, weight.dtype, depth, channels, False, False, small)
+        precise = precision_of_float32() if allows_tf32(architecture) else "ieee"
+        limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
         kernels.embed[-(-rows // tiles.rows) * -(-channels // tiles.columns),](
-            *(
-                pixels,
-                matrix,
-                None if bias is None else bias.contiguous(),
-                position,
-                cls_token.contiguous(),
-                y,
-            ),
-            *(rows, channels, depth, tokens, width // side, *strides, matrix.stride(0), position.stride(0)),
+            *(pixels, matrix, bias, position, cls_token, y, rows, channels, depth, tokens, width // side),
+            *(*strides, matrix.stride(0), position.stride(0)),
             **{"SIDE": side, "RUN": 1 if is_cut else _run(pixels, side), "IS_CUT": is_cut},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns, "SLICE": tiles.slice, "STEP": tiles.step},
             **{"WHOLE": depth % tiles.step == 0, "PRECISION": precise},
@@ -78,7 +72,7 @@ def add_position(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor
     y = patches.new_empty((batch, 1 + count, channels), dtype=dtype)
     if y.numel() == 0:
         return y
-    position = linear_launch.rows_of(position)
+    patches, position = within_reach(patches), linear_launch.rows_of(position)
     side = 64  # 128 bytes of a line of either layout
     with on_device_of(patches):
         kernels.place[batch * -(-(1 + count) // side) * -(-channels // side),](
@@ -98,6 +92,7 @@ def cut(
     std: Sequence[float] | None,
 ) -> Tensor:
     """The patches [B * (1 + P), in * p * p] in `dtype`, resized and standardised, CLS tokens' rows zero."""
+    image = within_reach(image)
     batch, planes, *old = image.shape
     new = tuple(old) if size is None else (size[0], size[1])
     lines, columns = (extent // side for extent in new)
@@ -184,14 +179,15 @@ def _interpolation(old: int, new: int, seen: int, device: torch.device) -> Tenso
     return matrix
 
 
-# Tables are copied to a device once: a copy makes the CPU wait, and cannot be recorded into a CUDA graph.
+# Tables are copied to a device once, and stay: a copy makes the CPU wait and cannot be recorded into a CUDA
+# graph, whose replays read the table that was there.
 
 
 def _key(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if numbers is None else tuple(numbers)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _levels(
     planes: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, device: torch.device
 ) -> Tensor:
@@ -199,7 +195,7 @@ def _levels(
         return levels(planes, mean, std).to(device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _taps(old: int, new: int, seen: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`bicubic.taps` of the first `seen` of the new lines, as the kernel reads them."""
     places, weights = bicubic.taps(old, new)
@@ -210,7 +206,7 @@ def _taps(old: int, new: int, seen: int, device: torch.device) -> tuple[Tensor, 
         )
 
 
-@lru_cache(maxsize=16)
+@cache
 def _window(old: int, new: int, seen: int) -> tuple[int, int]:
     """How many pixels are interpolated at once, and from how many side by side they come.
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cross_attention.gpu import on_device_of
+from ..cross_attention.gpu import on_device_of, within_reach
 from ..cross_attention.triton_launch import architecture_of_device
 from ..cross_attention.triton_table import allows_tf32
 from ..validation import precision_of_float32
@@ -62,7 +62,7 @@ def forward(
     lse = qkv.new_empty((batch, num_heads, tokens) if saves else (0,), dtype=torch.float32)
     if y.numel() == 0:
         return y, lse
-    qkv = _within_reach(qkv)
+    qkv = within_reach(qkv)
     found = tiles("attend", columns // 3 // num_heads, dtype)
     with on_device_of(qkv):
         kernels.attend[batch * num_heads * -(-tokens // found.own),](
@@ -81,7 +81,7 @@ def backward(
     dqkv = qkv.new_empty((batch, tokens, columns))
     if dqkv.numel() == 0:
         return dqkv
-    qkv, grad = _within_reach(qkv), grad.contiguous()
+    qkv, grad = within_reach(qkv), grad.contiguous()
     products = torch.empty_like(lse)
     channels = columns // 3 // num_heads
     shared = (tokens, num_heads, *qkv.stride(), scale * _LOG2_E, scale)
@@ -108,9 +108,3 @@ def _constants(qkv: Tensor, num_heads: int, dtype: torch.dtype, found: Tiles) ->
         **{"D": channels, "D_TILE": triton.next_power_of_2(channels), "DTYPE": _DTYPES[dtype]},
         **{"PRECISION": precise, "num_warps": found.warps, "num_stages": found.stages},
     }
-
-
-def _within_reach(x: Tensor) -> Tensor:
-    """Offsets within an image are 32-bit numbers in the kernels."""
-    farthest = sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    return x if farthest < 2**31 else x.contiguous()
