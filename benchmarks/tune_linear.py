@@ -41,7 +41,8 @@ def candidates(architecture: str, narrow: bool) -> Iterator[Tiles]:
         (*large, (128, 128, 8), (64, 128, 4), (128, 64, 4)), steps
     ):
         limit = None if tma and warps == 8 else 128
-        yield Tiles(rows, columns, step, 32 if narrow else 64, warps, stages, tma, limit)
+        slice_ = max(32 if narrow else 64, columns // 4)  # at most four of them
+        yield Tiles(rows, columns, step, slice_, warps, stages, tma, limit)
 
 
 def shapes(variant: str) -> list[Shape]:

@@ -21,7 +21,7 @@ class Tiles:
     Attributes:
         rows, columns: of a program's tile.
         step: of the dimension that is summed over.
-        slice: columns that the epilogue takes at once.
+        slice: columns that the epilogue takes at once, all of them, a half or a quarter.
         tma: whether tiles are copied by descriptors.
         registers: the limit of a thread; None for none.
     """
