@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -173,6 +173,20 @@ class Outcome:
     lines: list[str]
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """What is started within it can be interrupted, also where a shell has this command in the background:
+    shells let such processes, and what they start, ignore interruptions."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
 def run(
     command: Sequence[str],
     limit: float,
@@ -180,16 +194,17 @@ def run(
     environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Runs a command for `limit` seconds: then it is interrupted, so that it can sum up, then killed."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with _interruptible():
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     def kill() -> None:
         with suppress(ProcessLookupError):

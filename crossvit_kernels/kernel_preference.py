@@ -28,7 +28,7 @@ def predicted(architecture: str, operation: str, shape: Shape, number: int, trai
         "linear", (C_in, C_out, epilogue), rows: where a GELU would be a pass of its own over its output.
         "self_attention", (N, d), heads of all images: where much of a library's tiles would be padding.
         "patch_embed", (side of a patch, C, whether the image is written anew), images: where it is resized.
-        "add_position", (P, C), images: everywhere but for few images, for it writes a third of the bytes.
+        "add_position", (P, C), images: everywhere but for few images, for it moves half of the bytes.
     """
     if operation == "add_position":
         return number >= 16
@@ -76,7 +76,7 @@ def chosen(
     widths: tuple[int, ...],
     heads: tuple[int, ...] = (),
 ) -> str:
-    """ "triton" where its kernels are ahead, can take the call and are right, else "auto".
+    """Gives "triton" where its kernels are ahead, can take the call and are right, else "auto".
 
     They are tried for `widths` and `heads`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -117,7 +118,18 @@ def test_the_budget():
     assert budget.grant(50) == 0
 
 
-def test_a_command_is_interrupted_at_its_limit():
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["as is", "background"])
+def test_a_command_is_interrupted_at_its_limit(handler):
+    """In the background too, where shells let processes ignore interruptions."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        check_interruption()
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_interruption():
     code = (
         "import time\ntry: print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('end')"
     )
