@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from crossvit_kernels import add_position, self_attention
+from crossvit_kernels import add_position, patch_embed, self_attention
 from crossvit_kernels.backends import selected
 from crossvit_kernels.linear.packed import PackedCache
 from crossvit_kernels.patch_embed import ADD_POSITION
 from crossvit_kernels.self_attention import IMPLEMENTATIONS
 
-from . import native_block
+from . import gpu_block, native_block
 
 NormLayer = Callable[..., nn.Module]
 
@@ -90,14 +90,17 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def scales(self, x: Tensor) -> Tensor | None:
+        """What multiplies each image of x, [B] in its dtype; None for 1."""
         if self.drop_prob == 0.0 or not self.training:
-            return x
+            return None
         keep = 1.0 - self.drop_prob
-        scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        if keep > 0.0:
-            scale.div_(keep)
-        return x * scale
+        scales = x.new_empty(x.shape[0]).bernoulli_(keep)
+        return scales.div_(keep) if keep > 0.0 else scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.scales(x)
+        return x if scales is None else x * scales.view(-1, *[1] * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -158,8 +161,9 @@ class Block(nn.Module):
     """Eq. 1: x + MSA(LN(x)), then x + FFN(LN(x)).
 
     Without a gradient, on the CPU, it is one program of the compiled module (`native_block`), on a packed
-    copy of the weights that is made at the first such call and dropped by train() and to(). Where someone
-    has changed or hooked a submodule, and everywhere else, the submodules are called.
+    copy of the weights that is made at the first such call and dropped by train() and to(). On a GPU it is
+    `crossvit_kernels.transformer_block` where Triton's kernels are ahead (`gpu_block`). Where someone has
+    changed or hooked a submodule, and everywhere else, the submodules are called.
     """
 
     def __init__(
@@ -183,7 +187,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self._packed = PackedCache()
 
-    def is_as_built(self) -> bool:
+    def is_as_built(self, may_drop_paths: bool = False) -> bool:
         """Whether nothing but this class's own forward, without dropout, has to run."""
         attn, mlp = self.attn, self.mlp
         if not (is_plain(attn, Attention) and is_plain(mlp, Mlp)):
@@ -191,11 +195,12 @@ class Block(nn.Module):
         linear = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         norms = (self.norm1, self.norm2)
         dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
+        paths = (self.drop_path1, self.drop_path2)
         return (
             all(is_plain(m, nn.Linear) for m in linear)
             and all(is_plain(m, nn.LayerNorm) and m.weight is not None for m in norms)
             and all(is_plain(m, nn.Dropout) and not (m.training and m.p > 0) for m in dropouts)
-            and all(_passes(m) for m in (self.drop_path1, self.drop_path2))
+            and all(_passes(m) or (may_drop_paths and is_plain(m, DropPath)) for m in paths)
             and (is_plain(mlp.act, nn.GELU) and mlp.act.approximate == "none")
             and not nn.modules.module._has_any_global_hook()
         )
@@ -213,6 +218,9 @@ class Block(nn.Module):
         parameters = native_block.taken(self, x)
         if parameters is not None:
             return native_block.run(self, x, parameters, self._packed)
+        weights = gpu_block.taken(self, x)
+        if weights is not None:
+            return gpu_block.run(self, x, weights)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -230,6 +238,31 @@ def attend(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
 def with_cls(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
     """`crossvit_kernels.add_position`; PyTorch's operators where the selected backend has none."""
     return add_position(patches, position, cls_token, backend=_selected_of(ADD_POSITION))
+
+
+def embeds_at_once(stem: nn.Module, image: Tensor) -> bool:
+    """Whether `embedded` is to compute what this stem is for: one convolution, on a GPU."""
+    name = selected()
+    if name not in ("auto", "triton") or (name == "auto" and not image.is_cuda):
+        return False
+    if not is_plain(stem, PatchEmbed) or nn.modules.module._has_any_global_hook():
+        return False
+    convolution: Any = stem.proj
+    if not is_plain(convolution, nn.Conv2d) or (torch.compiler.is_compiling() and name == "auto"):
+        return False
+    side = stem.patch_size
+    windows = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
+    return windows == (side, side, (0, 0), (1, 1)) and convolution.groups == 1
+
+
+def embedded(
+    image: Tensor, stem: nn.Module, position: Tensor, cls_token: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """`crossvit_kernels.patch_embed` of the image resized to `size`, with the stem's convolution."""
+    convolution: Any = stem.proj
+    resized = None if tuple(image.shape[-2:]) == size else size
+    weights = (convolution.weight, convolution.bias)
+    return patch_embed(image, *weights, position, cls_token, size=resized)
 
 
 def _selected_of(implementations: Mapping[str, Callable]) -> str:

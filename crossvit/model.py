@@ -23,6 +23,8 @@ from .layers import (
     Block,
     NormLayer,
     PatchEmbed,
+    embedded,
+    embeds_at_once,
     init_linear_and_norm,
     init_weight,
     resize_position_embedding,
@@ -309,22 +311,30 @@ class CrossViT(nn.Module):
         grids = zip(self.grid_sizes(self.img_size), self.grid_sizes(size), strict=True)
         tokens = []
         for b, (built, grid) in enumerate(grids):
-            patches = self.patch_embed[b](self._scale_image(x, self.branch_sizes(size)[b]))
             position = resize_position_embedding(self._position(b), built, grid)
+            seen = self.branch_sizes(size)[b]
+            stem, image = self.patch_embed[b], self._cropped(x, seen)
+            if self.class_token and embeds_at_once(stem, x):
+                found = embedded(image, stem, position, self._cls_token(b), seen)
+                tokens.append(self.pos_drop(found))
+                continue
+            patches = stem(_resized(image, seen))
             if self.class_token:
                 tokens.append(self.pos_drop(with_cls(patches, position, self._cls_token(b))))
             else:
                 tokens.append(with_mean(self.pos_drop(patches + position)))
         return tokens
 
-    def _scale_image(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def _cropped(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The image, or its centre of `size` where branches are given that and it is no larger."""
         height, width = x.shape[-2:]
-        if (height, width) == size:
+        if (height, width) == size or not (self.crop_scale and size[0] <= height and size[1] <= width):
             return x
-        if self.crop_scale and size[0] <= height and size[1] <= width:
-            top, left = round((height - size[0]) / 2.0), round((width - size[1]) / 2.0)
-            return x[..., top : top + size[0], left : left + size[1]]
-        return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+        top, left = round((height - size[0]) / 2.0), round((width - size[1]) / 2.0)
+        return x[..., top : top + size[0], left : left + size[1]]
+
+    def _scale_image(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return _resized(self._cropped(x, size), size)
 
     def _grids(self, x: Tensor) -> list[tuple[int, int]] | None:
         """Of the patches of images, where the fusion asks for them."""
@@ -611,6 +621,12 @@ class CrossViT(nn.Module):
 
 
 remembered(CrossViT)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.interpolate(image, size=size, mode="bicubic", align_corners=False)
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -12,10 +12,12 @@ from .cross_fusion import FusionWeights, cross_fusion
 from .linear import PreparedLinear, linear, pack_linear
 from .patch_embed import add_position, patch_embed
 from .self_attention import self_attention
+from .transformer_block import BlockWeights, transformer_block
 from .validation import validate
 
 __all__ = [
-    "FusionWeights", "PreparedLinear", "__version__", "add_position", "backends", "cross_attention",
-    "cross_fusion", "linear", "pack_linear", "patch_embed", "self_attention", "use_backend", "validate",
+    "BlockWeights", "FusionWeights", "PreparedLinear", "__version__", "add_position", "backends",
+    "cross_attention", "cross_fusion", "linear", "pack_linear", "patch_embed", "self_attention",
+    "transformer_block", "use_backend", "validate",
 ]  # fmt: skip
 __version__ = version("crossvit-kernels")

@@ -17,6 +17,7 @@ from .linear import linear
 from .modes import without_autocast
 from .patch_embed import add_position, patch_embed
 from .self_attention import self_attention
+from .transformer_block import BlockWeights, transformer_block
 from .validation import OF_BLOCKS, precision_of_float32
 
 
@@ -163,6 +164,19 @@ def _add_position_case(widths: tuple[int, ...], heads: tuple[int, ...], device: 
     return tensors, run
 
 
+def _transformer_block_case(widths: tuple[int, ...], heads: tuple[int, ...], device: torch.device) -> Case:
+    draw, (width, hidden) = _Inputs(), widths
+    batch = _rows_for(device, min(widths), _PATCHES)
+    tensors = [draw.normal(batch, _PATCHES, width), *draw.norm(width), *draw.linear(3 * width, width)]
+    tensors += [*draw.linear(width, width), *draw.norm(width)]
+    tensors += [*draw.linear(hidden, width), *draw.linear(width, hidden)]
+
+    def run(x: list[Tensor], backend: str) -> list[Tensor]:
+        return [transformer_block(x[0], BlockWeights(*x[1:]), num_heads=heads[0], backend=backend)]
+
+    return tensors, run
+
+
 _CASES = {
     "cross_attention": _attention_case,
     "cross_fusion": _fusion_case,
@@ -170,8 +184,9 @@ _CASES = {
     "self_attention": _self_attention_case,
     "patch_embed": _patch_embed_case,
     "add_position": _add_position_case,
+    "transformer_block": _transformer_block_case,
 }
-_NOT_IMPLEMENTED = {"cuda": OF_BLOCKS, "cpu": ("add_position",)}
+_NOT_IMPLEMENTED = {"cuda": OF_BLOCKS, "cpu": ("add_position", "transformer_block")}
 # Odd ones, which leave every tile of every kernel unfilled.
 _WIDTHS = {
     "cross_attention": ((96,), (3,)),
@@ -180,6 +195,7 @@ _WIDTHS = {
     "self_attention": ((144,), (3,)),
     "patch_embed": ((35, 4), ()),
     "add_position": ((35,), ()),
+    "transformer_block": ((48, 130), (3,)),
 }
 
 

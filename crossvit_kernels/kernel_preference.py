@@ -29,9 +29,14 @@ def predicted(architecture: str, operation: str, shape: Shape, number: int, trai
         "self_attention", (N, d), heads of all images: where much of a library's tiles would be padding.
         "patch_embed", (side of a patch, C, whether the image is written anew), images: where it is resized.
         "add_position", (P, C), images: everywhere but for few images, for it moves half of the bytes.
+        "transformer_block", (N, C, hidden), images: in training, where PyTorch's operators write and read
+            between products what is done within them here; not where the launches are what takes the time.
     """
     if operation == "add_position":
         return number >= 16
+    if operation == "transformer_block":
+        tokens = shape[0]
+        return training and architecture == "sm_90" and isinstance(tokens, int) and number * tokens >= 16_384
     if training or architecture != "sm_90":
         return False
     if operation == "linear":

@@ -19,7 +19,7 @@ _log = logging.getLogger(__package__)
 
 
 # Layers of a block, which Triton's kernels take at every width.
-OF_BLOCKS = ("linear", "self_attention", "patch_embed", "add_position")
+OF_BLOCKS = ("linear", "self_attention", "patch_embed", "add_position", "transformer_block")
 
 
 class Kind(NamedTuple):
@@ -63,11 +63,11 @@ def validate(
     ordinary call tries too, and compiles for the very layout that will be recorded.)
 
     Args:
-        operation: "cross_attention", "cross_fusion", "linear", "self_attention", "patch_embed" or
-            "add_position".
+        operation: "cross_attention", "cross_fusion", "linear", "self_attention", "patch_embed",
+            "add_position" or "transformer_block".
         widths: C of each direction's patches, of S and L for the fusion; (C_in, C_out) for "linear", (C, side
-            of a patch) for "patch_embed", (C,) for the others.
-        num_heads: H of each direction; (H,) for "self_attention", () for the others.
+            of a patch) for "patch_embed", (C, hidden) for "transformer_block", (C,) for the others.
+        num_heads: H of each direction; (H,) for "self_attention" and "transformer_block", () for the others.
         dtype: of the tokens.
         weights_dtype: autocast's dtype where it is another one.
         gradients: whether to try backward too.

@@ -345,6 +345,7 @@ def test_gradients_through_two_layers(target, activation, multiprocessors):
             z=z,
             sums=sums,
             scale=scale,
+            scaled=True,
             **norm,
         )
         dx = x_.new_empty(rows, channels)

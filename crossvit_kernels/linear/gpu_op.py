@@ -111,6 +111,8 @@ def _backward(grad: Tensor, *args: Any) -> list[Tensor]:
         dz, sums, beside = launch.gradient_of_rows(
             dy, weight.dtype, activation=activation, z=z, scale=scale, norm=norm, channels=channels
         )
+    if norm is not None and not deferred:
+        matrix, _ = launch.normalise(matrix, eps, weight.dtype)
     if wanted[0]:
         dx = results[0].view(-1, channels)
         if norm is None:
@@ -127,8 +129,6 @@ def _backward(grad: Tensor, *args: Any) -> list[Tensor]:
                 sums=sums,
             )
     if any(wanted[1:]):
-        if norm is not None and not deferred:
-            matrix, _ = launch.normalise(matrix, eps, weight.dtype)
         found = launch.weight_gradient(
             *(dz, launch.rows_of(matrix.to(weight.dtype)), beside),
             means=norm is not None and deferred,

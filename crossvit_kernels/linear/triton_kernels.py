@@ -77,8 +77,8 @@ def slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(statistics, m, rows, channels, eps, PARTS: tl.constexpr, PART: tl.constexpr):
-    """Mean and 1 / deviation of the rows m, from [PARTS, 2, rows]: sums, and squares about their own mean.
+def merged(statistics, m, rows, channels, PARTS: tl.constexpr, PART: tl.constexpr):
+    """Sum of the rows m, and squares about their mean, from [PARTS, 2, rows]: the same of parts of them.
 
     A part has PART channels, the last one what is left. (Chan, Golub, LeVeque, 1979.)
     """
@@ -92,7 +92,14 @@ def row_statistics(statistics, m, rows, channels, eps, PARTS: tl.constexpr, PART
         count = tl.minimum(channels - i * PART, PART)
         away = tl.load(statistics + 2 * i * rows + m, mask=there, other=0.0) / count - mean
         squares += tl.load(statistics + (2 * i + 1) * rows + m, mask=there, other=0.0) + away * away * count
-    return mean, tl.rsqrt(squares / channels + eps)
+    return total, squares
+
+
+@triton.jit
+def row_statistics(statistics, m, rows, channels, eps, PARTS: tl.constexpr, PART: tl.constexpr):
+    """Mean and 1 / deviation of the rows m, from what `merged` reads."""
+    total, squares = merged(statistics, m, rows, channels, PARTS, PART)
+    return total / channels, tl.rsqrt(squares / channels + eps)
 
 
 @triton.jit
@@ -191,7 +198,7 @@ def slices_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr)
 
 @triton.jit
 def _finish(
-    total, row, column, mean, rstd, scale, means, y, z, residual, bias, colsum, left, rows, columns,
+    total, row, column, mean, rstd, scale, means, y, z, residual, also, bias, colsum, left, rows, columns,
     stride_z, stride_residual,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     OUT: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr, TMA: tl.constexpr,
@@ -206,17 +213,26 @@ def _finish(
         value = total * slope(before, ACTIVATION)
         if scale is not None:
             value *= scale[:, None]
+        if also is not None:
+            _store(also, activate(before, ACTIVATION), row, column, rows, columns, ROWS, SLICE, TMA)
+        if SCALED:
+            value *= rstd[:, None]
         if NORM:
-            value = (value * rstd[:, None]).to(OUT)
+            value = value.to(OUT)
             counted = tl.where(inside[None, :], value.to(tl.float32), 0.0)
             first = _sum_of_products(counted, tl.load(colsum + n, mask=inside, other=0.0)[None, :], 1)
             second = _sum_of_products(counted, before - tl.load(bias + n, mask=inside, other=0.0)[None, :], 1)
     elif EPILOGUE == "norm_gradient":
         value = total if SCALED else total * rstd[:, None]
         x = _load(z, row, column, rows, columns, stride_z, ROWS, SLICE, TMA)
-        value = value - means[0][:, None] - (x - mean[:, None]) * means[1][:, None]
+        if SCALED:
+            x -= mean[:, None]
+        value = value - means[0][:, None] - x * means[1][:, None]
         if residual is not None:
             value += _load(residual, row, column, rows, columns, stride_residual, ROWS, SLICE, TMA)
+        if also is not None:
+            scaled = value if scale is None else value * scale[:, None]
+            _store(also, scaled, row, column, rows, columns, ROWS, SLICE, TMA)
     else:
         value = total
         if NORM:
@@ -247,8 +263,8 @@ def _finish(
 
 @triton.jit
 def _tile(
-    x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns, depth,
-    channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+    x, w, y, z, residual, also, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
+    depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEST: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
@@ -275,17 +291,19 @@ def _tile(
         for i in tl.static_range(SUMS):
             m1 += tl.load(sums + 2 * i * rows + m, mask=there, other=0.0)
             m2 += tl.load(sums + (2 * i + 1) * rows + m, mask=there, other=0.0)
-        if not SCALED:
+        if SCALED:
+            m2 *= rstd
+        else:
             m1 *= rstd
             m2 *= rstd
-        means = (m1 / columns, m2 * rstd / columns)
+        means = (m1 / columns, m2 / columns)
     slices = slices_of(total, ROWS, COLUMNS, SLICE)
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(COLUMNS // SLICE):
         of_first, of_second = _finish(
-            slices[i], row, column + i * SLICE, mean, rstd, of_row, means, y, z, residual, bias, colsum, left,
-            rows, columns, stride_z, stride_residual,
+            slices[i], row, column + i * SLICE, mean, rstd, of_row, means, y, z, residual, also, bias, colsum,
+            left, rows, columns, stride_z, stride_residual,
             EPILOGUE, ACTIVATION, NORM, SCALED, OUT, ROWS, SLICE, TMA,
         )  # fmt: skip
         first += of_first
@@ -298,7 +316,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["rows", "channels", "of_scale"])
 def product(
-    x, w, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, rows, columns, depth,
+    x, w, w_tail, y, z, residual, also, bias, colsum, statistics, scale, sums, left, rows, columns, depth,
     channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
@@ -309,10 +327,12 @@ def product(
 
     "forward": y = scale act(z) + residual, z = x W^T + bias or, with NORM, r (x W^T - mean colsum) + bias. It
         leaves z, and in `left` the statistics of y for the next LayerNorm, parts of SLICE columns.
-    "activation_gradient": y = scale act'(z) (x W), of the rows' r too with NORM, when it leaves m1 and m2 in
+    "activation_gradient": y = scale act'(z) (x W), SCALED by the rows' r; with NORM it leaves m1 and m2 in
         `sums` [tiles of a row, 2, rows], with the colsum and b' (`bias`) of the layer that z comes from.
-    "norm_gradient": the gradient of a LayerNorm's input `z`, plus residual, from dz' (SCALED) or dz, and
-        their `sums` [SUMS, 2, rows].
+        `also` gets act(z).
+    "norm_gradient": the gradient of a LayerNorm's input, plus residual, from dz' (SCALED) or dz, and their
+        `sums` [SUMS, 2, rows]; `z` is that input, or, not SCALED, what the LayerNorm made of it. `also` gets
+        it times scale.
 
     channels: of the LayerNorm. scale: [rows / of_scale], one number for so many rows. TAIL: columns of the
     last tile, where they are fewer, with descriptors `w_tail`; 0 for none.
@@ -323,22 +343,22 @@ def product(
     if TAIL > 0:
         if column + COLUMNS > columns:
             _tile(
-                x, w_tail, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows,
-                columns, depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+                x, w_tail, y, z, residual, also, bias, colsum, statistics, scale, sums, left, row, column,
+                rows, columns, depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
                 EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
                 ROWS, TAIL, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
             )  # fmt: skip
         else:
             _tile(
-                x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
-                depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+                x, w, y, z, residual, also, bias, colsum, statistics, scale, sums, left, row, column, rows,
+                columns, depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
                 EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
                 ROWS, COLUMNS, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
             )  # fmt: skip
     else:
         _tile(
-            x, w, y, z, residual, bias, colsum, statistics, scale, sums, left, row, column, rows, columns,
-            depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
+            x, w, y, z, residual, also, bias, colsum, statistics, scale, sums, left, row, column, rows,
+            columns, depth, channels, of_scale, stride_x, stride_w, stride_z, stride_residual, eps,
             EPILOGUE, ACTIVATION, NORM, SCALED, TRANSPOSED, PARTS, PART, SUMS, OUT,
             ROWS, COLUMNS, COLUMNS, SLICE, STEP, WHOLE, TMA, PRECISION,
         )  # fmt: skip

@@ -66,11 +66,17 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def fold(weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-    """W gamma [N, K], and [2, N]: the sums of its rows, and b + W beta. Vectors are contiguous."""
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """W gamma [N, K] in `dtype`, and [2, N]: the sums of its rows, b + W beta. Vectors are contiguous."""
     outputs, channels = weight.shape
     weight = rows_of(weight)
-    folded = weight.new_empty((outputs, channels))
+    folded = weight.new_empty((outputs, channels), dtype=dtype)
     vectors = weight.new_empty((2, outputs), dtype=torch.float32)
     height, block = _block(channels)
     with on_device_of(weight):
@@ -106,6 +112,32 @@ def normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return hat, found
 
 
+def merge(statistics: Statistics, channels: int) -> Tensor:
+    """[1, 2, M], of statistics of parts of rows of so many channels."""
+    values = statistics.values
+    to = values.new_empty((1, *values.shape[1:]))
+    rows, height = values.shape[2], 256
+    with on_device_of(values):
+        rows_kernels.merge[-(-rows // height),](
+            *(values, to, rows, channels),
+            **{"PARTS": values.shape[0], "PART": statistics.part, "ROWS": height, **_of_rows()},
+        )
+    return to
+
+
+def beside(statistics: Statistics, channels: int, eps: float) -> Tensor:
+    """What goes beside x [M, 16] where it is not normalised, in bfloat16: see `weight_gradient`."""
+    values = statistics.values
+    rows, height = values.shape[2], 256
+    to = values.new_empty((rows, 16), dtype=torch.bfloat16)
+    with on_device_of(values):
+        rows_kernels.beside[-(-rows // height),](
+            *(values, to, rows, channels, eps),
+            **{"PARTS": values.shape[0], "PART": statistics.part, "ROWS": height, **_of_rows()},
+        )
+    return to
+
+
 def product(
     x: Tensor,
     weight: Tensor,
@@ -121,11 +153,13 @@ def product(
     scaled: bool = False,
     z: Tensor | None = None,
     residual: Tensor | None = None,
+    also: Tensor | None = None,
     scale: Tensor | None = None,
     sums: Tensor | None = None,
     left: Tensor | None = None,
 ) -> None:
     """Into y [M, N], contiguous: see the kernel. All matrices have contiguous rows, x and weight one dtype.
+    `also` [M, N] is contiguous too.
 
     `sums` [tiles, 2, M] is what `sums_for` allocates, or what is read; `left` [parts, 2, M] what
     `statistics_for` does.
@@ -136,7 +170,7 @@ def product(
     if x.shape[1] == 1:  # Triton would compile it as a constant, and without the loop its wgmma is wrong
         x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1) if transposed else (0, 0, 0, 1))
     depth = x.shape[1]
-    matrices = [m for m in (x, weight, y, z, residual) if m is not None]
+    matrices = [m for m in (x, weight, y, z, residual, also) if m is not None]
     with on_device_of(x):
         tiles = _tiles_of(x, columns, epilogue, activation, all(map(_has_descriptor, matrices)))
         _check_room(tiles, columns, sums if epilogue == "activation_gradient" else None, left)
@@ -152,7 +186,7 @@ def product(
         limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
         kernels.product[-(-rows // tiles.rows) * -(-columns // tiles.columns),](
             *(tile(x, tiles.rows, step), of_weight(tiles.columns), of_weight(tail) if tail else None),
-            *(tile(m, tiles.rows, tiles.slice) for m in (y, z, residual)),
+            *(tile(m, tiles.rows, tiles.slice) for m in (y, z, residual, also)),
             *(bias, colsum, given, scale, sums, left),
             *(rows, columns, depth, channels, 1 if scale is None else rows // scale.shape[0]),
             *(x.stride(0), weight.stride(0)),
@@ -210,10 +244,14 @@ def gradient_of_rows(
     scale: Tensor | None,
     norm: Norm | None,
     channels: int,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dz [M, N] in `dtype`, m1 and m2 of its rows with a LayerNorm, and what goes beside x [M, 16]."""
+    """dz [M, N] in `dtype`, m1 and m2 of its rows with a LayerNorm, and what goes beside x [M, 16].
+
+    dz is written to `into`, which may be dy.
+    """
     rows, outputs = dy.shape
-    dz = dy.new_empty((rows, outputs), dtype=dtype)
+    dz = dy.new_empty((rows, outputs), dtype=dtype) if into is None else into
     deferred = norm is not None and norm.deferred
     sums = None if norm is None else dy.new_empty((1, 2, rows), dtype=torch.float32)
     beside = dy.new_empty((rows, 16), dtype=dtype) if deferred else ones_beside(dz)

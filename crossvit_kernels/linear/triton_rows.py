@@ -3,7 +3,9 @@
     fold               the weight with gamma, its sums, and the bias with beta
     statistics         a row's sum, and squares about its mean
     normalise          (x - mean) / deviation too, in the dtype of the weight
+    merge              statistics of parts of the rows, to those of the rows
     gradient_of_rows   dz = scale act'(z) dy, and what the gradients of the LayerNorm need of it
+    beside             the mean and 1 / r of each row, as `weight_gradient` reads them
 
 Each is bound by the bytes it reads and writes.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import row_statistics, slope
+from .triton_kernels import merged, row_statistics, slope
 
 
 @triton.jit
@@ -99,16 +101,43 @@ def _in_three(x):
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def merge(statistics, to, rows, channels, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
+    """[PARTS, 2, rows] into [1, 2, rows]."""
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total, squares = merged(statistics, m, rows, channels, PARTS, PART)
+    tl.store(to + m, total, mask=m < rows)
+    tl.store(to + rows + m, squares, mask=m < rows)
+
+
+@triton.jit
+def _store_beside(to, mean, rstd, m, valid):
+    c = tl.arange(0, 16)[None, :]
+    first, second, third = _in_three(mean[:, None])
+    of_row = tl.where(c == 0, first, tl.where(c == 1, second, tl.where(c == 2, third, 0.0)))
+    first, second, third = _in_three((1.0 / rstd)[:, None])
+    of_row = tl.where(c == 3, first, tl.where(c == 4, second, tl.where(c == 5, third, of_row)))
+    tl.store(to + m.to(tl.int64)[:, None] * 16 + c, of_row, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def beside(statistics, to, rows, channels, eps, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
+    """Into [rows, 16]: the mean and 1 / r, three numbers of bfloat16 each."""
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mean, rstd = row_statistics(statistics, m, rows, channels, eps, PARTS, PART)
+    _store_beside(to, mean, rstd, m, m < rows)
+
+
 @triton.jit(do_not_specialize=["rows", "of_scale"])
 def gradient_of_rows(
-    dy, z, scale, colsum, offset, statistics, dz, sums, beside, rows, outputs, channels, of_scale, stride,
+    dy, z, scale, colsum, offset, statistics, dz, sums, to_beside, rows, outputs, channels, of_scale, stride,
     eps, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz = scale act'(z) dy [rows, outputs], SCALED by r of each row; dy has rows of `stride`.
 
-    With NORM also m1 and m2 of the rows, into `sums` [1, 2, rows]. SCALED, `beside` [rows, 16] gets the mean
-    and 1 / r, three numbers each, for `weight_gradient`.
+    With NORM also m1 and m2 of the rows, into `sums` [1, 2, rows]; SCALED, `to_beside` gets what `beside`
+    writes. dz may be dy.
     """
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = m < rows
@@ -118,12 +147,7 @@ def gradient_of_rows(
     if SCALED:
         mean, rstd = row_statistics(statistics, m, rows, channels, eps, PARTS, PART)
         factor *= rstd
-        c = tl.arange(0, 16)[None, :]
-        first, second, third = _in_three(mean[:, None])
-        of_row = tl.where(c == 0, first, tl.where(c == 1, second, tl.where(c == 2, third, 0.0)))
-        first, second, third = _in_three((1.0 / rstd)[:, None])
-        of_row = tl.where(c == 3, first, tl.where(c == 4, second, tl.where(c == 5, third, of_row)))
-        tl.store(beside + m.to(tl.int64)[:, None] * 16 + c, of_row, mask=valid[:, None])
+        _store_beside(to_beside, mean, rstd, m, valid)
     m1 = tl.zeros([ROWS, BLOCK], tl.float32)
     m2 = tl.zeros([ROWS, BLOCK], tl.float32)
     at = m.to(tl.int64)[:, None]

@@ -118,11 +118,9 @@ def self_attention(
     if scale is None:
         scale = (channels // num_heads) ** -0.5
     elif scale <= 0:
-        against += [(name, f"it takes positive scales, got {scale}") for name in ("cpu", "triton")]
+        against.append(("cpu", _positive(scale)))
     head_channels = channels // num_heads
-    if head_channels % 16 or head_channels > _WIDEST_HEAD:
-        takes = f"it takes heads of 16, 32, … {_WIDEST_HEAD} channels, got {head_channels}"
-        against.append(("triton", takes))
+    against += [("triton", reason) for reason in reasons_of_triton(head_channels, scale)]
     if forward_mode():
         against.append(("torch", "F.scaled_dot_product_attention has no forward-mode derivative"))
     for name in ("cpu", "torch", "triton"):
@@ -160,6 +158,18 @@ def self_attention(
             mask = F.dropout(ones, dropout_p)
         y, attention = reference.self_attention(qkv, num_heads, scale, dtype, mask)
     return (y, attention) if return_attention else y
+
+
+def reasons_of_triton(head_channels: int, scale: float) -> list[str]:
+    """Why Triton's kernels cannot take heads of so many channels with this scale; empty when they can."""
+    reasons = [] if scale > 0 else [_positive(scale)]
+    if head_channels % 16 or head_channels > _WIDEST_HEAD:
+        reasons.append(f"it takes heads of 16, 32, … {_WIDEST_HEAD} channels, got {head_channels}")
+    return reasons
+
+
+def _positive(scale: float) -> str:
+    return f"it takes positive scales, got {scale}"
 
 
 def _check_shape(qkv: Tensor, num_heads: int) -> None:

@@ -11,6 +11,7 @@ copied.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -97,8 +98,8 @@ def add_tensor(memory: GlobalMemory, tensor: torch.Tensor) -> None:
     storage = tensor.untyped_storage()
     if not tensor.numel():
         return
-    whole: Any = torch.empty(0, dtype=torch.uint8)
-    data = whole.set_(storage, 0, (storage.nbytes(),)).numpy()
+    # Not by torch's own view for NumPy, after which a storage can never be resized again.
+    data = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
     size, at = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
     if tensor.is_contiguous():
         memory.add_region(tensor.data_ptr(), data[at : at + tensor.numel() * size])
