@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .model import CrossViT
 
 
-def reasons_against(model: CrossViT) -> list[str]:
+def reasons_against(model: CrossViT, on_gpu: bool = False) -> list[str]:
     """Why a model in eval mode cannot be frozen, in words; empty when it can."""
     reasons = []
-    if native.load_error() is not None:
+    if native.load_error() is not None and not on_gpu:
         reasons.append(f"the compiled module is not here: {native.load_error()}")
     if model.global_pool != "token":
         reasons.append(f"it pools with global_pool={model.global_pool!r}, not 'token'")
@@ -31,8 +31,11 @@ def reasons_against(model: CrossViT) -> list[str]:
         reasons.append("it has no CLS tokens")
     if any(isinstance(embed, TokensToToken) for embed in model.modules()):
         return [*reasons, "it makes T2T tokens"]
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        reasons.append("it is not on the CPU")
+    devices = {p.device for p in model.parameters()}
+    if on_gpu and len(devices) > 1:
+        reasons.append("it is on several devices: " + ", ".join(sorted(map(str, devices))))
+    elif not on_gpu and any(device.type != "cpu" for device in devices):
+        reasons.append("it is neither on the CPU nor on a CUDA device")
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         reasons.append(

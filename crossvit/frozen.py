@@ -1,9 +1,9 @@
-"""Inference on a CPU: the whole forward of a model as one program of the compiled module.
+"""Inference: the whole forward of a model, on a CPU as one program of the compiled module.
 
-Weights are folded and packed once: LayerNorm's into the linear layers behind them, the mean over the two
-heads into the heads. The model keeps its parameters as they are; what was packed is a copy, and each call
-first looks whether it is still the model's (watch.py). freezable.py says what cannot be packed, and
-frozen_program.py writes the program.
+(On a GPU it is frozen_gpu.py's.) Weights are folded and packed once: LayerNorm's into the linear layers
+behind them, the mean over the two heads into the heads. The model keeps its parameters as they are; what was
+packed is a copy, and each call first looks whether it is still the model's (watch.py). freezable.py says
+what cannot be packed, and frozen_program.py writes the program.
 
 `Frozen` is what `freeze` asks for, and raises where it cannot be had. `Evaluation` is the same for a model
 that nobody froze, in its own dtype, where it can be had and nothing but logits is wanted.
@@ -27,8 +27,10 @@ from crossvit_kernels.modes import autocast_enabled, only_values_count
 from crossvit_kernels.patch_embed.native import levels
 from crossvit_kernels.program import Precision
 
+from . import frozen_gpu
 from .encoder import MultiScaleBlock
 from .freezable import methods_as_imported, reasons_against
+from .frozen_gpu import PackedOnGpu
 from .frozen_program import Instance
 from .fusion import CrossAttentionBlock
 from .layers import PatchEmbed
@@ -52,6 +54,7 @@ class Frozen:
         dtype: what matrices are multiplied in, float32 or bfloat16; the residual stream is float32.
         check: whether each call looks for changes of the model.
         mean, std: of each channel, for images in uint8; None for those that are standardised alone.
+        images_at_once, batch_sizes: of a model on a GPU, see frozen_gpu.py.
     """
 
     def __init__(
@@ -61,26 +64,39 @@ class Frozen:
         check: bool,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        images_at_once: int | None = None,
+        batch_sizes: Sequence[int] = (),
     ) -> None:
-        self.dtype, self.check = dtype, check
+        self.dtype, self.check, self.images_at_once = dtype, check, images_at_once
+        self._standardisation = None if mean is None or std is None else (tuple(mean), tuple(std))
         self._levels = None if mean is None else levels(model.in_chans, mean, std)
         self._lock = threading.Lock()
-        self._pack(model)
+        self._pack(model, batch_sizes)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs for itself, when it is called.
-        return {"dtype": self.dtype, "check": self.check, "_levels": self._levels}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        self._weights: PackedModel | None = None
+        self._weights: PackedModel | PackedOnGpu | None = None
 
-    def _pack(self, model: CrossViT) -> None:
-        reasons = reasons_against(model)
+    def _pack(self, model: CrossViT, batch_sizes: Sequence[int] = ()) -> None:
+        on_gpu = frozen_gpu.is_on_gpu(model)
+        reasons = reasons_against(model, on_gpu)
         if reasons:
             raise RuntimeError("this model cannot be frozen: " + "; ".join(reasons))
-        self._weights = PackedModel(model, self.dtype, self.check, self._levels)
+        given = (model, self.dtype, self.check)
+        if on_gpu:
+            options = (self._standardisation, self.images_at_once, batch_sizes)
+            self._weights = PackedOnGpu(*given, *options)
+        elif self.dtype == torch.float16:
+            raise RuntimeError(
+                "this model cannot be frozen in float16: on CPUs it takes float32 and bfloat16"
+            )
+        else:
+            self._weights = PackedModel(*given, self._levels)
 
     @property
     def nbytes(self) -> int:
@@ -100,8 +116,6 @@ class Frozen:
                 self._pack(model)
                 weights = cast(PackedModel, self._weights)
         model._check_image(x, self._levels is not None)
-        if x.device.type != "cpu":
-            raise ValueError(f"images of a frozen model must be on the CPU, got {x.device}")
         return weights.run(model, x.detach())
 
 
@@ -266,6 +280,8 @@ class PackedModel:
         return found, heads, eps
 
     def run(self, model: CrossViT, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            raise ValueError(f"images of a frozen model must be on the CPU, got {x.device}")
         if x.shape[1] != self.in_chans:
             raise ValueError(
                 f"the model was packed for images of {self.in_chans} channels, got {list(x.shape)}"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import frozen_gpu
 from .encoder import FUSIONS, MultiScaleBlock
 from .freezable import remembered
 from .frozen import Evaluation, Frozen
@@ -369,40 +370,60 @@ class CrossViT(nn.Module):
         check: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        batch_sizes: Sequence[int] = (),
+        images_at_once: int | None = None,
     ) -> CrossViT:
-        """Pack the weights for inference on the CPU; `forward` is then one call into compiled code.
+        """Pack the weights for inference; `forward` is then one call into compiled code, or one CUDA graph.
 
         The model is put into eval mode, keeps its parameters, and gives logits without a gradient. Autocast
         is ignored: `dtype` says it all. Methods other than `forward` run as before.
 
+        On a GPU a graph is recorded for each size of batch and image that comes a second time, at most eight
+        are kept, and the S branch runs beside the L branch. A graph that cannot be recorded is done without,
+        which is logged. Within `torch.cuda.graph` the model can be called where it was called with such
+        images before; it must then stay frozen as long as that graph is used.
+
         Args:
-            dtype: what matrices are multiplied in, torch.float32 or torch.bfloat16, tokens stay float32; by
-                default bfloat16 for a model in bfloat16, else float32.
+            dtype: what matrices are multiplied in, by default bfloat16 for a model in bfloat16, on a GPU
+                float16 for one in float16, else float32. On the CPU torch.float32 or torch.bfloat16, tokens
+                stay float32; on a GPU torch.float16 as well, and tokens are of it, too.
             check: look for changes of the weights before each forward, and pack them again after one. Writes
                 that torch does not count (`p.data.mul_()`, another process) are seen where they meet one of
-                the elements that are compared, the first of every 4 KiB of each parameter and its last. False
-                leaves all of it out: what is frozen then stays as it is.
+                the elements that are compared, the first of every 4 KiB of each parameter and its last, on a
+                GPU one call late. False leaves all of it out: what is frozen then stays as it is.
             mean, std: of each channel, of pixels between 0 and 1, as `default_cfg` has them. The frozen model
                 then takes images in uint8 as well, as (pixel / 255 - mean) / std.
+            batch_sizes: on a GPU, for which graphs are recorded now, for images of the size that the model is
+                built for; in uint8 if there is a mean.
+            images_at_once: on a GPU, how many images go through the layers together, None for the whole
+                batch. Fewer stay in a cache that is large enough; measure before you set it.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: `dtype` is another one, or mean and std do not fit.
+            ValueError: `dtype` is another one, mean and std do not fit, or a number of images is below 1.
             RuntimeError: the model cannot be frozen; the message has every reason.
         """
+        on_gpu = frozen_gpu.is_on_gpu(self)
+        allowed = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu else ()))
         if dtype is None:
             dtype = next(self.parameters()).dtype
-            dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+            dtype = dtype if dtype in allowed else torch.float32
+        if dtype not in allowed:
+            raise ValueError(f"dtype must be {' or '.join(map(str, allowed))}, got {dtype}")
+        for name, numbers in (("batch_sizes", batch_sizes), ("images_at_once", [images_at_once])):
+            for number in numbers:
+                if number is not None and number < 1:
+                    raise ValueError(f"{name} must be at least 1, got {number}")
+        if (batch_sizes or images_at_once) and not on_gpu:
+            raise ValueError("batch_sizes and images_at_once are for models on a GPU: move the model first")
         if (mean is None) != (std is None):
             raise ValueError("mean and std must be given together, or neither")
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            self._frozen = Frozen(self, dtype, check, mean, std)
+            self._frozen = Frozen(self, dtype, check, mean, std, images_at_once, batch_sizes)
             self._evaluation.clear()
         except BaseException:
             for module in training:
@@ -433,7 +454,7 @@ class CrossViT(nn.Module):
 
     @property
     def packed_nbytes(self) -> int:
-        """Bytes beside the parameters: copies of them that are packed for the CPU, and memory for tokens.
+        """Bytes beside the parameters: packed copies of them, memory for tokens, and that of CUDA graphs.
 
         They come with `freeze`, or with the first call in eval mode without a gradient, and go with `train`
         and `to`.

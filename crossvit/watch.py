@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from crossvit_kernels.fingerprint import Fingerprint
+from crossvit_kernels.gpu_fingerprint import GpuFingerprint
 
 from .encoder import MultiScaleBlock
 from .fusion import CrossAttention, CrossAttentionBlock
@@ -54,7 +55,7 @@ class Watch:
     Seen at once: a parameter or module that was replaced, another dtype, shape or device, settings as eps or
     stride, hooks, methods that were overridden on an instance, training mode of a submodule, writes in place
     (torch counts them). Writes past that count, through `.data` or by another process, are seen where they
-    meet one of the elements that are compared (`Fingerprint`).
+    meet one of the elements that are compared (`Fingerprint`), on a GPU one call late (`GpuFingerprint`).
 
     Args:
         model: what is watched.
@@ -73,7 +74,10 @@ class Watch:
         self._writes = writes
         found = [p for p in _parameters_of(modules) if p is not None]
         self._state = self._look(modules, found)
-        self._fingerprint = Fingerprint(found) if writes else None
+        self._fingerprint: Fingerprint | GpuFingerprint | None = None
+        if writes:
+            of_gpu = any(p.device.type == "cuda" for p in found)
+            self._fingerprint = GpuFingerprint(found) if of_gpu else Fingerprint(found)
 
     def _look(self, modules: list[nn.Module], parameters: list[Tensor]) -> list[Any]:
         """What is compared by its value: some thousand words, before each forward."""

@@ -18,7 +18,7 @@ class Fingerprint:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        regions = [(x.data_ptr(), _bytes_spanned(x)) for x in tensors if x.numel() > 0]
+        regions = [(x.data_ptr(), bytes_spanned(x)) for x in tensors if x.numel() > 0]
         self._regions = torch.tensor(regions, dtype=torch.int64, device="cpu").reshape(-1, 2)
         self._was = self._read()
 
@@ -30,7 +30,7 @@ class Fingerprint:
         return self._read() != self._was
 
 
-def _bytes_spanned(x: Tensor) -> int:
+def bytes_spanned(x: Tensor) -> int:
     """From the first element to the end of the last one in memory, in any layout."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (last + 1) * x.element_size()

@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[], CrossViT], str]] = {
         ),
         "attn has another width than its branch",
     ),
-    "meta": (partial(small_model, device="meta"), "not on the CPU"),
+    "meta": (partial(small_model, device="meta"), "neither on the CPU nor on a CUDA device"),
     "float64": (partial(small_model, dtype=torch.float64), "float32, bfloat16 or float16: torch.float64"),
     "mixed": (_with(lambda m: m.norm.bfloat16()), "not all float32"),
 }

@@ -641,7 +641,7 @@ def _train_dropout(model: CrossViT) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.to("meta"), "not on the CPU"),
+        (lambda m: m.to("meta"), "neither on the CPU nor on a CUDA device"),
         (lambda m: m.double(), "torch.float64"),
         (lambda m: m.norm.bfloat16(), "not all float32"),
         (lambda m: m.reset_classifier(4, global_pool="avg"), "global_pool='avg'"),

@@ -88,9 +88,9 @@ def fold(
     return folded, vectors
 
 
-def statistics(x: Tensor) -> Tensor:
+def statistics(x: Tensor, into: Tensor | None = None) -> Tensor:
     """[1, 2, M] of the rows of x [M, K]."""
-    found = x.new_empty((1, 2, x.shape[0]), dtype=torch.float32)
+    found = x.new_empty((1, 2, x.shape[0]), dtype=torch.float32) if into is None else into
     height, block = _block(x.shape[1])
     with on_device_of(x):
         rows_kernels.statistics[-(-x.shape[0] // height),](
@@ -99,10 +99,14 @@ def statistics(x: Tensor) -> Tensor:
     return found
 
 
-def normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalise(
+    x: Tensor, eps: float, dtype: torch.dtype, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """(x - mean) / deviation [M, K] in `dtype`, and the statistics."""
-    found = x.new_empty((1, 2, x.shape[0]), dtype=torch.float32)
-    hat = x.new_empty(x.shape, dtype=dtype)
+    hat, found = into or (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty((1, 2, x.shape[0]), dtype=torch.float32),
+    )
     height, block = _block(x.shape[1])
     with on_device_of(x):
         rows_kernels.normalise[-(-x.shape[0] // height),](
@@ -220,12 +224,22 @@ def _precision() -> str:
     return precision_of_float32() if allows_tf32(architecture_of_device()) else "ieee"
 
 
-def statistics_for(x: Tensor, columns: int) -> Statistics:
-    """Room for what a forward product of x, without activation, leaves of its `columns` results a row."""
+def statistics_for(x: Tensor, columns: int, room: Tensor | None = None) -> Statistics:
+    """For what a forward product of x, without activation, leaves of its `columns` results a row.
+
+    room: float32 memory to take it from, `most_statistics` a row.
+    """
     with on_device_of(x):
         width = _tiles_of(x, columns, "forward", None, True).slice
-    values = x.new_empty((-(-columns // width), 2, x.shape[0]), dtype=torch.float32)
-    return Statistics(values, width)
+    shape = (-(-columns // width), 2, x.shape[0])
+    if room is None:
+        return Statistics(x.new_empty(shape, dtype=torch.float32), width)
+    return Statistics(room[: shape[0] * shape[1] * shape[2]].view(shape), width)
+
+
+def most_statistics(columns: int) -> int:
+    """The most numbers that `statistics_for` takes for a row: its slices are 32 columns at least."""
+    return 2 * -(-columns // 32)
 
 
 def sums_for(x: Tensor, columns: int) -> Tensor:

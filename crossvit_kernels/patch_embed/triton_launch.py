@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,19 @@ def forward(
     size: Sequence[int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    into: Tensor | None = None,
+    patches: Tensor | None = None,
 ) -> Tensor:
-    """y [B, 1 + P, C], as the definition."""
+    """y [B, 1 + P, C], as the definition; `patches` is room for those that are cut first."""
     batch, side = image.shape[0], weight.shape[-1]
     width = image.shape[-1] if size is None else size[1]
     tokens, channels = position.shape
-    y = position.new_empty((batch, tokens, channels))
+    y = position.new_empty((batch, tokens, channels)) if into is None else into
     if y.numel() == 0:
         return y
     matrix, position = linear_launch.rows_of(weight.flatten(1)), linear_launch.rows_of(position)
     is_cut = cuts_first(image, weight, size) or matrix.shape[1] == 1
-    pixels = cut(image, side, weight.dtype, size, mean, std) if is_cut else within_reach(image)
+    pixels = cut(image, side, weight.dtype, size, mean, std, patches) if is_cut else within_reach(image)
     if matrix.shape[1] == 1:  # as in linear's launch
         pixels, matrix = F.pad(pixels, (0, 1)), F.pad(matrix, (0, 1))
     strides = (pixels.stride(0), 0, 0, 0) if is_cut else tuple(pixels.stride())
@@ -65,11 +67,11 @@ def forward(
     return y
 
 
-def add_position(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
+def add_position(patches: Tensor, position: Tensor, cls_token: Tensor, into: Tensor | None = None) -> Tensor:
     """y [B, 1 + P, C] in the widest of their dtypes."""
     batch, count, channels = patches.shape
     dtype = torch.promote_types(torch.promote_types(patches.dtype, position.dtype), cls_token.dtype)
-    y = patches.new_empty((batch, 1 + count, channels), dtype=dtype)
+    y = patches.new_empty((batch, 1 + count, channels), dtype=dtype) if into is None else into
     if y.numel() == 0:
         return y
     patches, position = within_reach(patches), linear_launch.rows_of(position)
@@ -90,6 +92,7 @@ def cut(
     size: Sequence[int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    room: Tensor | None = None,
 ) -> Tensor:
     """The patches [B * (1 + P), in * p * p] in `dtype`, resized and standardised, CLS tokens' rows zero."""
     image = within_reach(image)
@@ -97,7 +100,8 @@ def cut(
     new = tuple(old) if size is None else (size[0], size[1])
     lines, columns = (extent // side for extent in new)
     tokens, seen = 1 + lines * columns, (lines * side, columns * side)
-    patches = image.new_empty((batch, tokens, planes * side * side), dtype=dtype)
+    shape = (batch, tokens, planes * side * side)
+    patches = image.new_empty(shape, dtype=dtype) if room is None else room[: math.prod(shape)].view(shape)
     patches[:, 0] = 0
     resized = new != tuple(old)
     tables: Sequence[Tensor | None] = (None,) * 4
@@ -106,7 +110,9 @@ def cut(
         tables = [t for axis in range(2) for t in _taps(old[axis], new[axis], seen[axis], image.device)]
         width, window = _window(old[1], new[1], seen[1])
     height = max(1, min(32, 1024 // max(width, window)))
-    of_bytes = _levels(planes, _key(mean), _key(std), image.device) if image.dtype == torch.uint8 else None
+    of_bytes = (
+        table_of_bytes(planes, _key(mean), _key(std), image.device) if image.dtype == torch.uint8 else None
+    )
     with on_device_of(image):
         kernels.cut[batch * planes * -(-seen[0] // height) * -(-seen[1] // width),](
             *(image, *tables, of_bytes, patches, planes, *seen, old[1], tokens, columns, *image.stride()),
@@ -188,9 +194,10 @@ def _key(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
 
 
 @cache
-def _levels(
+def table_of_bytes(
     planes: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, device: torch.device
 ) -> Tensor:
+    """What every byte of each channel stands for."""
     with torch.inference_mode(False):
         return levels(planes, mean, std).to(device)
 
@@ -228,4 +235,4 @@ def _run(image: Tensor, side: int) -> int:
     """Pixels side by side that begin at a multiple of their number, in elements: 8 at most."""
     if image.stride(3) != 1:
         return 1
-    return gcd(8, side, *(image.stride(i) for i in range(3) if image.shape[i] > 1))
+    return math.gcd(8, side, *(image.stride(i) for i in range(3) if image.shape[i] > 1))

@@ -54,11 +54,11 @@ def tail(tokens: int, step: int) -> int:
 
 
 def forward(
-    qkv: Tensor, num_heads: int, scale: float, dtype: torch.dtype, saves: bool
+    qkv: Tensor, num_heads: int, scale: float, dtype: torch.dtype, saves: bool, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """y [B, N, C], and where it `saves` the log-sum-exp of the scores in base 2, [B, H, N], else nothing."""
     batch, tokens, columns = qkv.shape
-    y = qkv.new_empty((batch, tokens, columns // 3))
+    y = qkv.new_empty((batch, tokens, columns // 3)) if into is None else into
     lse = qkv.new_empty((batch, num_heads, tokens) if saves else (0,), dtype=torch.float32)
     if y.numel() == 0:
         return y, lse
