@@ -13,9 +13,9 @@ import torch
 
 from crossvit.variants import VARIANTS
 from crossvit_kernels.linear import gpu_op as linear_op
-from crossvit_kernels.linear import triton_launch as linear_launch
 from crossvit_kernels.patch_embed import triton_launch as patch_launch
 from crossvit_kernels.self_attention import triton_launch as attention_launch
+from crossvit_kernels.transformer_block import triton_launch as block_launch
 
 from .compiled import DTYPES, Layer, Resources, compiling, resources
 
@@ -63,27 +63,22 @@ def linear(
     return call
 
 
-def through_two(channels: int, hidden: int, dtype: torch.dtype) -> Call:
-    """What an MLP has beside: the first layer's gradient in the second's, statistics for what follows."""
+def block(tokens: int, heads: int, channels: int, hidden: int, tokens_dtype: torch.dtype) -> Call:
+    """A whole block with drop-path, in bfloat16: what it has beside its layers alone."""
 
     def call() -> None:
-        x, weight = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(channels, hidden, dtype=dtype)
-        h, vector = torch.zeros(ROWS, hidden, dtype=dtype), torch.zeros(hidden)
-        given = linear_launch.Statistics(linear_launch.statistics(x))
-        linear_launch.product(
-            *(x, weight, h),
-            epilogue="activation_gradient",
-            activation="gelu",
-            transposed=False,
-            z=h,
-            bias=vector,
-            colsum=vector,
-            statistics=given,
-            eps=1e-6,
-            sums=linear_launch.sums_for(x, hidden),
-        )
-        left = linear_launch.statistics_for(h, channels)
-        linear_launch.product(h, weight, x, residual=x, left=left.values)
+        dtype = torch.bfloat16
+        batch = -(-ROWS // tokens)
+        x = torch.zeros(batch, tokens, channels, dtype=tokens_dtype)
+        scale = torch.zeros(batch, dtype=tokens_dtype)
+        shapes = [(channels,), (3 * channels, channels), (channels, channels)]
+        shapes += [(channels,), (hidden, channels), (channels, hidden)]
+        weights = [torch.zeros(shape, dtype=tokens_dtype) for of in shapes for shape in (of, of[:1])]
+        options = (weights, (scale, scale), heads, 0.125, (1e-6, 1e-6), dtype)
+        y, saved = block_launch.forward(x, *options, True)
+        kept = x if tokens_dtype == dtype else None
+        given = (*options[:2], saved, *options[2:])
+        block_launch.backward(y, kept, *given, [True] * 12)
 
     return call
 
@@ -143,9 +138,11 @@ def layers_of_crossvit_18(dtype: str = "bf16") -> dict[Layer, Call]:
     for branch, channels in (("S", 224), ("L", 448)):
         for name, (k, n, *around) in linear_layers(channels, 3 * channels):
             found[Layer(f"{branch} {name} {k} to {n}", dtype)] = linear(k, n, of_dtype, *around)  # type: ignore[arg-type]
-        if of_dtype == torch.bfloat16:
-            found[Layer(f"{branch} fc1 and fc2", dtype)] = through_two(channels, 3 * channels, of_dtype)
     for branch, tokens, channels in (("S", 401, 32), ("L", 197, 64)):
+        if of_dtype == torch.bfloat16:
+            sizes = (tokens, 7, 7 * channels, 21 * channels)
+            found[Layer(f"{branch} block", dtype)] = block(*sizes, of_dtype)
+            found[Layer(f"{branch} block, autocast", dtype)] = block(*sizes, torch.float32)
         found[Layer(f"{branch} attention {tokens} of {channels}", dtype)] = self_attention(
             tokens, 7, channels, of_dtype
         )

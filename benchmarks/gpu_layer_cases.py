@@ -1,6 +1,7 @@
 """What the hardware command measures of the layers of a block, those of crossvit_18, on Triton and PyTorch.
 
-Eager PyTorch is what a library's products and separate passes cost; SDPA is asked for each of its engines.
+Eager PyTorch is what a library's products and separate passes cost, in a whole block around SDPA; SDPA is
+asked for each of its engines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import gpu_timing
 from benchmarks.compiled_layers import linear_layers
 from benchmarks.gpu_cases import BOUNDS, DTYPES, ROUNDS, Result, error, failing
-from crossvit_kernels import add_position, linear, patch_embed, self_attention
+from crossvit_kernels import (
+    BlockWeights,
+    add_position,
+    linear,
+    patch_embed,
+    self_attention,
+    transformer_block,
+)
 from crossvit_kernels.measure import Interval, compare
 
 OURS = "triton"
@@ -103,6 +111,25 @@ def _patches(
     return draw, lambda x, backend: patch_embed(*x, size=size, backend=backend)
 
 
+def _block(tokens: int, heads: int, channels: int) -> tuple[Callable[[int], list[Tensor]], Run]:
+    width, hidden = heads * channels, 3 * heads * channels
+
+    def draw(batch: int) -> list[Tensor]:
+        def layer(outputs: int, inputs: int) -> list[Tensor]:
+            return [_normal(outputs, inputs) / inputs**0.5, _normal(outputs) / 10]
+
+        def norm() -> list[Tensor]:
+            return [1 + _normal(width) / 10, _normal(width) / 10]
+
+        tensors = [_normal(batch, tokens, width), *norm(), *layer(3 * width, width), *layer(width, width)]
+        return [*tensors, *norm(), *layer(hidden, width), *layer(width, hidden)]
+
+    def run(x: Sequence[Tensor], backend: str) -> Tensor:
+        return transformer_block(x[0], BlockWeights(*x[1:]), num_heads=heads, backend=backend)
+
+    return draw, run
+
+
 def _position(count: int, channels: int) -> tuple[Callable[[int], list[Tensor]], Run]:
     def draw(batch: int) -> list[Tensor]:
         return [_normal(batch, channels, count).mT, _normal(1 + count, channels), _normal(channels)]
@@ -122,6 +149,10 @@ def _layers() -> Iterator[tuple[str, str, tuple[Callable, Run], tuple, int]]:
         yield (
             *(f"{branch} attention {tokens} of {of_head}", "self_attention", _attention(tokens, 7, of_head)),
             *((tokens, of_head), 7),
+        )
+        yield (
+            *(f"{branch} block", "transformer_block", _block(tokens, 7, of_head)),
+            *((tokens, channels, 3 * channels), 1),
         )
     yield "L patches, resized", "patch_embed", _patches(16, 448, (224, 224)), (16, 448, True), 1
     yield "L position, dagger", "add_position", _position(196, 448), (196, 448), 1
@@ -150,12 +181,12 @@ def rivals(case: LayerCase) -> dict[str, Callable[[Sequence[Tensor]], list[Tenso
 
         return run
 
-    found = {"eager": by("reference")}
+    found = {"eager": by("torch" if case.operation == "transformer_block" else "reference")}
     if case.operation == "self_attention":
         found |= {name: by_engine(engine) for name, engine in SDPA_ENGINES.items()}
     if case.batch == 256 and not case.trains:
         torch.compiler.reset()  # it gives up on a function that it has compiled too often
-        found["compiled"] = torch.compile(by("reference"), dynamic=False)
+        found["compiled"] = torch.compile(found["eager"], dynamic=False)
     return found
 
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks.hardware`: everything that only a GPU can show, in under eight minutes.
 
-Compiles, checks, tests and measures; needs no network. Each result is written as soon as it is there, to
+Compiles, checks, tests and measures; needs no network. With --models it measures whole models alone, against
+torch.compile too, which takes its time to compile them. Each result is written as soon as it is there, to
 benchmarks/results/hardware/<gpu>.json and to the rows of docs/hardware.md; what did not run keeps its row.
 Times are those of captured graphs with a cold L2 cache, as benchmarks/gpu_timing.py takes them.
 """
@@ -47,6 +48,8 @@ from benchmarks.gpu_cases import (
     of_backend,
 )
 from benchmarks.gpu_layer_cases import LAYER_CASES, measure_layer, tensors_of
+from benchmarks.gpu_model_cases import MODEL_CASES, MODEL_TARGETS, measure_model
+from benchmarks.gpu_model_cases import words as words_of_model
 from crossvit_kernels import native
 from crossvit_kernels.check import check_all
 from crossvit_kernels.validation import OF_BLOCKS
@@ -60,6 +63,7 @@ COPY, COPY_IN_CACHE = "copy from device to device", "copy within the L2 cache"
 SECONDS = 460.0  # of the whole command
 GRACE = 15.0  # more, from the interruption of a process to its end
 MEASURING = 150.0  # of them are kept for the measurements
+FOR_MODELS = 60.0  # of these for whole models
 
 
 # Parts that run in a process of their own, so that a kernel that hangs or faults ends nothing else
@@ -132,10 +136,20 @@ def measure_all() -> None:
         torch.cuda.empty_cache()
 
 
+def measure_models(compilers: bool) -> None:
+    """Prints a line of JSON for each whole model."""
+    for case in MODEL_CASES:
+        result = measure_model(case, torch.device("cuda", torch.cuda.current_device()), compilers)
+        print(json.dumps({"name": case.name, **result}), flush=True)
+        torch.cuda.empty_cache()
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "compile": compile_kernels,
     **{f"small-{backend}": partial(run_small, backend) for backend in OURS},
     "measure": measure_all,
+    "models": partial(measure_models, False),
+    "models-compiled": partial(measure_models, True),
 }
 
 
@@ -409,6 +423,7 @@ def rows() -> list[str]:
         COPY_IN_CACHE,
         *(of_backend(case.name, backend) for case in CASES if case.listed for backend in OURS),
         *(case.name for case in LAYER_CASES),
+        *(case.name for case in MODEL_CASES),
     ]
 
 
@@ -548,10 +563,40 @@ def run_measurements(report: Report) -> bool:
     return not outcome.code and all("seconds" in e or "bytes_per_second" in e for e in found.values())
 
 
+def run_models(report: Report, seconds: float, keep: float, compilers: bool) -> bool:
+    """Whether no measurement of a whole model failed; prints which targets are met."""
+    if importlib.util.find_spec("timm") is None:
+        report.say("whole models: not run: timm not found")
+        return True
+    found: dict[str, dict[str, Any]] = {}
+
+    def on_line(line: str) -> None:
+        if line.startswith('{"name"'):
+            entry = json.loads(line)
+            name = entry.pop("name")
+            found[name] = entry
+            report.keep(name, entry, words_of_model(entry))
+
+    part = "models-compiled" if compilers else "models"
+    command = (sys.executable, "-m", "benchmarks.hardware", "--part", part)
+    outcome = run(command, report.budget.grant(seconds, keep), on_line)
+    if outcome.stopped:
+        report.say(f"whole models: out of time, {len(found)} of {len(MODEL_CASES)} done")
+    elif outcome.code:
+        report.say("whole models: FAILED\n" + "\n".join(outcome.lines[-25:]))
+    for target in MODEL_TARGETS:
+        report.say(f"target: {target.text}: {target.verdict(found)}")
+    failed = outcome.code and not outcome.stopped
+    return not failed and all("ours_seconds" in entry for entry in found.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hardware", description=__doc__)
     parser.add_argument("--part", choices=list(PARTS), help="run one part alone, in this process")
     parser.add_argument("--commit", help="the commit's name where git cannot tell it")
+    parser.add_argument(
+        "--models", action="store_true", help="measure whole models alone, torch.compile among the rivals"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU was found (torch.cuda.is_available() is False): nothing was run.")
@@ -561,8 +606,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     report = Report(Budget(SECONDS), options.commit)
     build(report)
-    passed = run_steps(report)
-    measured = run_measurements(report)
+    if options.models:
+        passed, measured = run_models(report, SECONDS, 0, True), True
+    else:
+        passed = run_steps(report)
+        passed = run_models(report, FOR_MODELS, MEASURING - FOR_MODELS, False) and passed
+        measured = run_measurements(report)
     report.say(f"written: {report.results.path.relative_to(ROOT)}, {LEDGER.relative_to(ROOT)}")
     return 0 if passed and measured else 1
 

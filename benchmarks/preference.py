@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from crossvit.variants import find_variant
 from crossvit_kernels import kernel_preference
 from crossvit_kernels.cross_attention import gpu_preference
 from crossvit_kernels.cross_attention.gpu_preference import Names
@@ -24,6 +25,7 @@ from crossvit_kernels.cross_attention.gpu_preference import Names
 from . import tune_triton
 from .gpu_cases import CASES, DTYPES, OURS, of_backend
 from .gpu_layer_cases import LAYER_CASES
+from .gpu_model_cases import BY_TORCH, MODEL_CASES
 
 TABLE = Path(gpu_preference.__file__)
 TABLE_OF_LAYERS = Path(kernel_preference.__file__)
@@ -69,7 +71,8 @@ LayerKey = tuple[str, str, kernel_preference.Shape, bool, torch.dtype]
 
 
 def layer_preferences(results: Mapping[str, Any]) -> dict[LayerKey, tuple[tuple[int, bool], ...]]:
-    """Whether Triton's kernels are ahead of all that PyTorch has without compiling, layer by layer."""
+    """Whether Triton's kernels are ahead of all that PyTorch has without compiling, layer by layer, and in a
+    frozen model of its operators."""
     tables: dict[LayerKey, list[tuple[int, bool]]] = defaultdict(list)
     for case in sorted(LAYER_CASES, key=lambda case: case.batch):
         entry = results["entries"].get(case.name, {})
@@ -78,6 +81,12 @@ def layer_preferences(results: Mapping[str, Any]) -> dict[LayerKey, tuple[tuple[
         if ratios:
             key = (architecture_of(results), case.operation, case.shape, case.trains, DTYPES[case.dtype])
             tables[key].append((case.batch * case.number, min(ratios) > 1))
+    for model in sorted(MODEL_CASES, key=lambda case: case.batch):
+        by_torch = results["entries"].get(model.name, {}).get(f"against {BY_TORCH}")
+        if by_torch is not None:
+            widths = find_variant(model.model).widths
+            key = (architecture_of(results), "frozen_model", widths, False, torch.bfloat16)
+            tables[key].append((model.batch, by_torch["ratio"] > 1))
     return {key: merged(rows) for key, rows in tables.items()}
 
 

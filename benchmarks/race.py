@@ -35,6 +35,7 @@ def run(
     given: Iterable[Tensor] | None = None,
     latency: bool = False,
     held: Callable[[str], int] = lambda name: 0,
+    graphs: bool = True,
 ) -> dict[str, Any]:
     """Times all in turn, and takes their peak memory, and energy where the machine reports it.
 
@@ -42,6 +43,7 @@ def run(
         given: inputs and parameters of a training step; what else autograd keeps for backward is counted.
         latency: percentiles of single calls as well.
         held: bytes that the function of a name keeps from call to call; they count as memory of a call.
+        graphs: on a GPU, whether to capture the calls as well.
 
     Returns:
         "ours_seconds"; "peak_bytes", "saved_bytes", "joules", "latency" by name, where "ours" is the first;
@@ -80,7 +82,7 @@ def run(
         found["joules"] = energy
     if latency:
         found["latency"] = {name: percentiles(t) for name, t in single_calls(calls, device).items()}
-    if device.type == "cuda" and given is None:
+    if device.type == "cuda" and given is None and graphs:
         found["graphs"] = _graphs(calls, rounds)
     for name in calls:
         if name != "ours":

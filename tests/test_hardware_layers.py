@@ -35,7 +35,9 @@ def of_one_image(layer: str, mode: str) -> LayerCase:
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward + backward"])
-@pytest.mark.parametrize("layer", ["S qkv", "S fc1", "S fc2", "L attention", "L patches", "L position"])
+@pytest.mark.parametrize(
+    "layer", ["S qkv", "S fc1", "S fc2", "L attention", "L block", "L patches", "L position"]
+)
 def test_a_measurement(layer, mode):
     case = of_one_image(layer, mode)
     result = measure_layer(case, 1e9, lambda: None, "cpu")
@@ -70,7 +72,7 @@ def test_what_cannot_run_is_said(monkeypatch):
 
 def test_the_cases():
     """Every layer of both branches, in both modes, at both ends of the batch; each has its row."""
-    assert len({case.name for case in LAYER_CASES}) == len(LAYER_CASES) == 13 * 4
+    assert len({case.name for case in LAYER_CASES}) == len(LAYER_CASES) == 15 * 4
     assert {case.name for case in LAYER_CASES} <= set(hardware.rows())
     for case in LAYER_CASES:
         if case.operation == "linear":

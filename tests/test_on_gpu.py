@@ -5,6 +5,7 @@ Needs nothing of conftest.py, so that `pytest --noconftest tests/test_on_gpu.py`
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_cases import error
+from crossvit import CrossViT, create_model
+from crossvit_kernels import use_backend
 from crossvit_kernels.backends import BACKENDS
 from crossvit_kernels.cross_attention import cuda_launch
 from tests.operations import OPERATIONS, Size, leaves
@@ -259,3 +262,110 @@ def test_the_interpreter_agrees(operation, dtype, backend):
     with contract.without_a_gpu("sm_80", backend):
         want = compute(operation, [x.detach().cpu().requires_grad_() for x in tensors], size, backend)
     assert error([x.cpu() for x in got], want) < TOLERANCES[dtype]
+
+
+# Whole models
+
+
+@pytest.fixture(scope="module")
+def crossvit_18() -> CrossViT:
+    torch.manual_seed(0)
+    return create_model("crossvit_18").to(DEVICE).eval()
+
+
+def images_of(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(batch)
+    return torch.randn(batch, 3, 240, 240, generator=generator, device=DEVICE).to(dtype)
+
+
+def exact(model: CrossViT, x: Tensor) -> Tensor:
+    with torch.no_grad(), use_backend("reference"):
+        return copy.deepcopy(model).unfreeze().float()(x.float())
+
+
+LAYERS = pytest.mark.parametrize("layers", ["torch", "triton"])
+
+
+@dtypes
+@LAYERS
+def test_a_frozen_model(layers, dtype, crossvit_18):
+    """Launched, recorded, replayed, on other streams, with other images in between: the same bits."""
+    if (reason := BACKENDS[layers].missing()) is not None:
+        pytest.skip(reason)
+    model = copy.deepcopy(crossvit_18).to(dtype)
+    x, other = images_of(5, dtype), images_of(5, dtype) * 2
+    want = exact(model, x)
+    with use_backend(layers):
+        model.freeze()
+        first = model(x)
+        assert error([first.float()], [want]) < (1e-3 if dtype == torch.float32 else 0.1)
+        for _ in range(3):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                replayed = model(x)
+                assert not torch.equal(model(other), first)
+            torch.cuda.current_stream().wait_stream(side)
+            assert torch.equal(replayed, first)
+        (instance,) = model._frozen._weights._instances.values()
+        assert instance.graph is not None
+        assert model.packed_nbytes > sum(p.nbytes for p in model.parameters()) // 2
+
+
+@LAYERS
+def test_a_frozen_model_in_a_graph_of_the_caller(layers, crossvit_18):
+    if (reason := BACKENDS[layers].missing()) is not None:
+        pytest.skip(reason)
+    model, x = copy.deepcopy(crossvit_18).bfloat16(), images_of(3, torch.bfloat16)
+    with use_backend(layers):
+        model.freeze()
+        want = model(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        model(images_of(3, torch.bfloat16) * 3)
+        graph.replay()
+        assert torch.equal(y, want)
+
+
+def test_changes_of_a_frozen_model_are_noticed(crossvit_18):
+    """In place at once, past torch's count one call late."""
+    model, x = copy.deepcopy(crossvit_18).bfloat16(), images_of(2, torch.bfloat16)
+    model.freeze()
+    before = [model(x) for _ in range(3)][0]
+    with torch.no_grad():
+        model.head[0].weight.mul_(2)
+    changed = model(x)
+    assert not torch.equal(changed, before)
+    model.head[1].weight.data.mul_(2)
+    found = []
+    for _ in range(3):
+        found.append(model(x))
+        torch.cuda.synchronize()
+    assert not torch.equal(found[-1], changed)
+
+
+def test_a_batch_in_slices_and_sizes_that_are_told(crossvit_18):
+    model, x = copy.deepcopy(crossvit_18).bfloat16(), images_of(7, torch.bfloat16)
+    whole = model.freeze()(x)
+    model.freeze(batch_sizes=[7], images_at_once=3)
+    assert error([model(x).float()], [whole.float()]) < 0.05
+
+
+def test_a_training_step(crossvit_18):
+    """Under autocast and a scaler, against PyTorch's operators; the same bits twice."""
+    if (reason := BACKENDS["triton"].missing()) is not None:
+        pytest.skip(reason)
+    model, x = copy.deepcopy(crossvit_18).train(), images_of(4)
+    found = []
+    for backend in ("reference", "triton", "triton"):
+        model.zero_grad()
+        with use_backend(backend), torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().square().mean()
+            loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    want, mine, again = found
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+    for a, b in zip(mine, want, strict=True):
+        assert (a - b).norm() <= 0.1 * b.norm() + 1e-4 * max(g.norm() for g in want)

@@ -84,11 +84,11 @@ def merged(statistics, m, rows, channels, PARTS: tl.constexpr, PART: tl.constexp
     """
     there = m < rows
     total = tl.zeros(m.shape, tl.float32)
-    for i in tl.static_range(PARTS):
+    for i in range(PARTS):
         total += tl.load(statistics + 2 * i * rows + m, mask=there, other=0.0)
     mean = total / channels
     squares = tl.zeros(m.shape, tl.float32)
-    for i in tl.static_range(PARTS):
+    for i in range(PARTS):
         count = tl.minimum(channels - i * PART, PART)
         away = tl.load(statistics + 2 * i * rows + m, mask=there, other=0.0) / count - mean
         squares += tl.load(statistics + (2 * i + 1) * rows + m, mask=there, other=0.0) + away * away * count
@@ -288,7 +288,7 @@ def _tile(
     if EPILOGUE == "norm_gradient":
         m1 = tl.zeros([ROWS], tl.float32)
         m2 = tl.zeros([ROWS], tl.float32)
-        for i in tl.static_range(SUMS):
+        for i in range(SUMS):
             m1 += tl.load(sums + 2 * i * rows + m, mask=there, other=0.0)
             m2 += tl.load(sums + (2 * i + 1) * rows + m, mask=there, other=0.0)
         if SCALED:

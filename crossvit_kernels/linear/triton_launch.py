@@ -176,7 +176,8 @@ def product(
     depth = x.shape[1]
     matrices = [m for m in (x, weight, y, z, residual, also) if m is not None]
     with on_device_of(x):
-        tiles = _tiles_of(x, columns, epilogue, activation, all(map(_has_descriptor, matrices)))
+        described, mixed = all(map(_has_descriptor, matrices)), y.dtype != x.dtype
+        tiles = _tiles_of(x, columns, epilogue, activation, described, mixed)
         _check_room(tiles, columns, sums if epilogue == "activation_gradient" else None, left)
         tail, step = tiles.tail(columns), tiles.step
 
@@ -352,13 +353,16 @@ def _of_rows() -> dict[str, int]:
     return {"num_warps": 8, "maxnreg": 128} if nvidia else {"num_warps": 8}
 
 
-def _tiles_of(x: Tensor, columns: int, epilogue: str, activation: str | None, described: bool) -> Tiles:
+def _tiles_of(
+    x: Tensor, columns: int, epilogue: str, activation: str | None, described: bool, mixed: bool = False
+) -> Tiles:
+    """`mixed`: the result has another dtype than x."""
     architecture = architecture_of_device()
     large = -(-x.shape[0] // 128) * -(-columns // 128)
     small = large < gpu_of(x.device).multiprocessors
     tma = described and has_tma(architecture)
     narrow = epilogue == "activation_gradient" or (
-        not tma and (epilogue != "forward" or activation == "gelu")
+        not tma and (epilogue != "forward" or activation == "gelu" or mixed)
     )
     return tiles_of_product(architecture, x.dtype, x.shape[1], columns, narrow, tma, small)
 

@@ -74,8 +74,9 @@ def tiles_of_product(
         return Tiles(64, 64, step, slice_, 4, 3, tma, registers=of_four_warps)
     if tma:
         # Rows of 128 bytes are what the unit copies best; half of them, where 64 do not divide K.
+        # Two programs have 128 registers a thread; ptxas takes more for two results of a slice.
         step, stages = (64, 3) if depth % 64 == 0 else (32, 4)
-        return Tiles(128, 128, step, slice_, 8, stages, True)
+        return Tiles(128, 128, step, slice_, 8, stages, True, registers=128)
     if amd:
         return Tiles(128, 128, 32, slice_, 8, 2)
     # 48 KB of shared memory and 128 registers: two programs also where a multiprocessor has 100 KB. What the
