@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,11 @@ from benchmarks import gpu_timing, race
 from benchmarks.gpu_cases import Result, Target, error, failing
 from crossvit import CrossViT, create_model
 from crossvit._timm import import_timm
-from crossvit_kernels import use_backend
+from crossvit_kernels import dependent_launch, use_backend
 
 MODEL = "crossvit_18_240"
 INFERENCE, TRAINING = "inference", "training step"
+ORDINARY = "ordinary launches"  # of the same kernels
 BY_TORCH = "frozen on PyTorch"  # the same graph and streams around PyTorch's operators
 # Relative to the largest logit or the loss, against timm's model in float32.
 _BOUNDS = {INFERENCE: 0.05, TRAINING: 0.05}
@@ -86,6 +88,10 @@ def _inference(ours: CrossViT, rival: nn.Module, images: Tensor, compiled: bool,
     with use_backend("torch"):
         models[BY_TORCH] = copy.deepcopy(ours).freeze()
     models["timm"] = rival
+    with mock.patch.object(dependent_launch, "can", return_value=False):
+        models[ORDINARY] = copy.deepcopy(ours).freeze()
+        for _ in range(2):  # the second call records the graph
+            _forward(models[ORDINARY], low)
     given = {name: (lambda m=model: _forward(m, low)) for name, model in models.items()}
     if device.type == "cuda":
         given["timm in a graph"] = gpu_timing.capture(given["timm"])

@@ -25,7 +25,7 @@ from crossvit_kernels.cross_attention.gpu_preference import Names
 from . import tune_triton
 from .gpu_cases import CASES, DTYPES, OURS, of_backend
 from .gpu_layer_cases import LAYER_CASES
-from .gpu_model_cases import BY_TORCH, MODEL_CASES
+from .gpu_model_cases import BY_TORCH, MODEL_CASES, ORDINARY
 
 TABLE = Path(gpu_preference.__file__)
 TABLE_OF_LAYERS = Path(kernel_preference.__file__)
@@ -82,11 +82,12 @@ def layer_preferences(results: Mapping[str, Any]) -> dict[LayerKey, tuple[tuple[
             key = (architecture_of(results), case.operation, case.shape, case.trains, DTYPES[case.dtype])
             tables[key].append((case.batch * case.number, min(ratios) > 1))
     for model in sorted(MODEL_CASES, key=lambda case: case.batch):
-        by_torch = results["entries"].get(model.name, {}).get(f"against {BY_TORCH}")
-        if by_torch is not None:
-            widths = find_variant(model.model).widths
-            key = (architecture_of(results), "frozen_model", widths, False, torch.bfloat16)
-            tables[key].append((model.batch, by_torch["ratio"] > 1))
+        for operation, rival in (("frozen_model", BY_TORCH), ("dependent_launches", ORDINARY)):
+            against = results["entries"].get(model.name, {}).get(f"against {rival}")
+            if against is not None:
+                widths = find_variant(model.model).widths
+                key = (architecture_of(results), operation, widths, False, torch.bfloat16)
+                tables[key].append((model.batch, against["ratio"] > 1))
     return {key: merged(rows) for key, rows in tables.items()}
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, cuda
 from crossvit_kernels import kernel_preference
 from crossvit_kernels.backends import selected
 from crossvit_kernels.cross_attention.gpu import gpu_of
+from crossvit_kernels.dependent_launch import dependent_launches
 from crossvit_kernels.modes import without_autocast
 
 from .frozen_layers import Layers, Standardisation, TorchLayers, TritonLayers, reason_against_triton
@@ -69,7 +70,7 @@ class PackedOnGpu:
         self._layers: dict[str, Layers] = {}
         self._packed: dict[str, Any] = {}  # events: they may be used on another stream
         self._instances: dict[Key, Instance] = {}
-        with self._on_device():
+        with self._for_values():
             self.against_triton = self._why_not_triton(model)
             for name in self._names() if not check else self._names()[:1]:
                 self._pack(name, model)
@@ -86,8 +87,12 @@ class PackedOnGpu:
             raise RuntimeError(f"the backend triton cannot run this frozen model: {reason}")
         return reason
 
-    def _on_device(self) -> AbstractContextManager:
-        return cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _for_values(self) -> Iterator[None]:
+        """On this GPU, without gradients or autocast; and what is made here can be written to in any mode."""
+        on_device = cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), on_device, without_autocast(self.device.type):
+            yield
 
     def outdated(self, model: CrossViT) -> bool:
         """Whether it was packed from other weights, where that is watched."""
@@ -115,6 +120,12 @@ class PackedOnGpu:
         given = (architecture, "frozen_model", self.widths, images, False, self.dtype)
         return "triton" if kernel_preference.ahead(*given) else "torch"
 
+    def launches_dependently(self, images: int) -> bool:
+        """Whether kernels for so many images begin before those before them have ended."""
+        architecture = f"sm_{gpu_of(self.device).capability}"
+        given = (architecture, "dependent_launches", self.widths, images, False, self.dtype)
+        return kernel_preference.ahead(*given)
+
     def _pack(self, name: str, model: CrossViT) -> Layers:
         with self._lock:
             if name not in self._layers:
@@ -135,7 +146,7 @@ class PackedOnGpu:
         if x.shape[0] == 0:
             classes = self._pack(self._names()[0], model).classes
             return torch.empty((0, classes), dtype=self.logits_dtype, device=self.device)
-        with torch.no_grad(), self._on_device(), without_autocast(self.device.type):
+        with self._for_values():
             if cuda.is_current_stream_capturing():
                 return self._within_a_graph(model, x)
             return self._instance(model, x).run(x)
@@ -199,6 +210,7 @@ class Instance:
         ]
         self.rooms = [layers.room(b, at_once, n) for b, n in enumerate(counts)]
         self.side = cuda.Stream(packed.device)
+        self.dependent = packed.launches_dependently(at_once)
         self.graph: Any = None
         self.graph_bytes = 0
         self._calls = 0
@@ -242,8 +254,8 @@ class Instance:
             self._done.synchronize()
 
     def _record(self) -> None:
-        graph = cuda.CUDAGraph()
         before = cuda.memory_reserved()
+        graph = cuda.CUDAGraph()
         try:
             # Other threads may go on: what they do does not belong to this graph.
             with cuda.graph(graph, capture_error_mode="thread_local"):
@@ -260,9 +272,10 @@ class Instance:
     def _launch(self) -> None:
         """Everything from the images to the logits, on the current stream and beside it."""
         at_once = len(self.tokens[0])
-        for first in range(0, len(self.images), at_once):
-            images = self.images[first : first + at_once]
-            self._forward(images, self.logits[first : first + at_once])
+        with dependent_launches(self.dependent):
+            for first in range(0, len(self.images), at_once):
+                images = self.images[first : first + at_once]
+                self._forward(images, self.logits[first : first + at_once])
 
     def _forward(self, images: Tensor, logits: Tensor) -> None:
         layers = self.layers

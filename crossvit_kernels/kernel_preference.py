@@ -33,6 +33,7 @@ def predicted(architecture: str, operation: str, shape: Shape, number: int, trai
             between products what is done within them here; not where the launches are what takes the time.
         "frozen_model", (C of S, C of L), images: the whole forward in a CUDA graph, against PyTorch's
             operators in one: everywhere, for it launches a third as many kernels and moves half of the bytes.
+        "dependent_launches", as "frozen_model": of its kernels, against ordinary ones: where they are short.
     """
     if operation == "add_position":
         return number >= 16
@@ -43,6 +44,8 @@ def predicted(architecture: str, operation: str, shape: Shape, number: int, trai
         return False
     if operation == "frozen_model":
         return True
+    if operation == "dependent_launches":
+        return number <= 32
     if operation == "linear":
         return shape[2] == "norm, gelu" and number >= 16_384
     if operation == "self_attention":

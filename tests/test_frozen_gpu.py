@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -283,9 +284,20 @@ def test_changed_weights_are_packed_again():
         assert torch.equal(model(x), before)
 
 
-def test_copies_pack_for_themselves():
-    import copy
+def test_inference_mode_and_out_of_it():
+    """What the first call makes can be used by the next one, in the other mode."""
+    model, x = model_of(depth=((1, 1, 0),)), torch.randn(2, 3, 48, 48)
+    with on_gpu():
+        for first in (True, False):
+            with torch.inference_mode(first):
+                model.freeze()
+                want = model(x)
+            with torch.inference_mode(not first):
+                assert torch.equal(model(x), want)
+                assert torch.equal(model(x.clone()), want)
 
+
+def test_copies_pack_for_themselves():
     model, x = model_of(depth=((1, 1, 0),)), torch.randn(2, 3, 48, 48)
     with on_gpu():
         model.freeze(images_at_once=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import wait
 from .triton_buffers import (
     CLS,
     LOG2E,
@@ -169,8 +170,18 @@ def _back(d, batch, eps, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["batch"])
-def project(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def project(
+    a,
+    b,
+    batch,
+    eps,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):
     """c = f(CLS): B rows, own width to width. A program: ROWS images, BLOCK channels."""
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _project(b, batch, eps, BLOCK, PRECISION)
     else:
@@ -178,8 +189,18 @@ def project(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION
 
 
 @triton.jit(do_not_specialize=["batch"])
-def absorb(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def absorb(
+    a,
+    b,
+    batch,
+    eps,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):
     """q_h = Wq_h LN(c) + bq_h and key_h = Wk_h^T q_h. A program: ROWS images, one head."""
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _absorb(b, batch, eps, BLOCK, PRECISION)
     else:
@@ -187,8 +208,19 @@ def absorb(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION:
 
 
 @triton.jit(do_not_specialize=["batch", "splits_a", "splits_b"])
-def values(a, b, batch, splits_a, splits_b, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def values(
+    a,
+    b,
+    batch,
+    splits_a,
+    splits_b,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):
     """o_h = Wv_h (gamma z_h + t beta) + t bv_h, z_h merged from its parts. A program: ROWS images, a head."""
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _values(b, batch, splits_b, BLOCK, PRECISION)
     else:
@@ -196,8 +228,17 @@ def values(a, b, batch, splits_a, splits_b, BOTH: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit(do_not_specialize=["batch"])
-def output(a, b, batch, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def output(
+    a,
+    b,
+    batch,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):
     """y = c + scale (Wo o + bo). A program: ROWS images, BLOCK channels."""
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _output(b, batch, BLOCK, PRECISION)
     else:
@@ -205,8 +246,18 @@ def output(a, b, batch, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit(do_not_specialize=["batch"])
-def back(a, b, batch, eps, BOTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def back(
+    a,
+    b,
+    batch,
+    eps,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):
     """The new CLS token g(y): B rows, width to own width. A program: ROWS images, BLOCK channels."""
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _back(b, batch, eps, BLOCK, PRECISION)
     else:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dependent_launch
 from ..validation import precision_of_float32
 from . import triton_buffers as buffers
 from . import triton_chain as chain
@@ -229,8 +230,9 @@ class _Launcher:
     def _launch(self, kernel: Any, blocks: int, kind: Any, args: tuple, **options: Any) -> None:
         count = len(self.directions)
         kernel[blocks, count](
-            *self._pair(kind), self.batch, *args, BOTH=count == 2, PRECISION=self.precision, **options
-        )
+            *self._pair(kind), self.batch, *args, BOTH=count == 2, PRECISION=self.precision, **options,
+            **dependent_launch.options(self.architecture),
+        )  # fmt: skip
 
 
 def architecture_of_device() -> str:

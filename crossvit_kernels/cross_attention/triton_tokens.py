@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import wait
 from .triton_buffers import (
     CLS,
     D_ROW,
@@ -298,7 +299,7 @@ def _copy(d, image, start, n, valid, pieces):
 @triton.jit(do_not_specialize=["batch", "patches_a", "patches_b", "splits_a", "splits_b", "threshold"])
 def attend(
     a, b, batch, patches_a, patches_b, splits_a, splits_b, eps, threshold: tl.int64, keep_scale,
-    BOTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    BOTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """z_h = sum_n softmax_n(query_h . x^_n) x^_n over an image's tokens, with an online softmax in base 2.
 
@@ -306,6 +307,7 @@ def attend(
     scores [TOKENS, heads] = tokens [TOKENS, width] queries [width, heads], then z [width, heads] from the
     same tokens transposed. Copies the tokens to `copy` on the way, if there is one.
     """
+    wait(DEPENDENT)
     if BOTH and tl.program_id(1) == 1:
         _attend(b, batch, patches_b, splits_b, eps, threshold, keep_scale, TOKENS, PRECISION)
     else:

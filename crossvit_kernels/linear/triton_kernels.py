@@ -31,6 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import wait
+
 # Phi(z) - 1/2 as z times a polynomial in 2 (z / 5.2)^2 - 1, least in the largest error of z Phi(z); beyond
 # 5.2 it is constant. With float32 arithmetic z Phi(z) is right to 1e-7 of max(1, |z|).
 _LIMIT = tl.constexpr(5.2)
@@ -321,7 +323,7 @@ def product(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr,
-    WHOLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """y [rows, columns], contiguous, of dtype OUT. What an epilogue does not use is None.
 
@@ -337,6 +339,7 @@ def product(
     channels: of the LayerNorm. scale: [rows / of_scale], one number for so many rows. TAIL: columns of the
     last tile, where they are fewer, with descriptors `w_tail`; 0 for none.
     """
+    wait(DEPENDENT)
     tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS
     column = tl.program_id(0) % tiles * COLUMNS

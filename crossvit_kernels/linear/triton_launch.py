@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import dependent_launch
 from ..cross_attention.gpu import gpu_of, on_device_of
 from ..cross_attention.triton_launch import architecture_of_device
 from ..cross_attention.triton_table import FAMILIES, allows_tf32, nearest
@@ -94,7 +95,8 @@ def statistics(x: Tensor, into: Tensor | None = None) -> Tensor:
     height, block = _block(x.shape[1])
     with on_device_of(x):
         rows_kernels.statistics[-(-x.shape[0] // height),](
-            *(x, found, *x.shape, x.stride(0)), **{"ROWS": height, "BLOCK": block, **_of_rows()}
+            *(x, found, *x.shape, x.stride(0)),
+            **{"ROWS": height, "BLOCK": block, **_of_rows(), **_dependent()},
         )
     return found
 
@@ -111,7 +113,7 @@ def normalise(
     with on_device_of(x):
         rows_kernels.normalise[-(-x.shape[0] // height),](
             *(x, found, hat, *x.shape, x.stride(0), eps),
-            **{"ROWS": height, "BLOCK": block, **_of_rows()},
+            **{"ROWS": height, "BLOCK": block, **_of_rows(), **_dependent()},
         )
     return hat, found
 
@@ -203,7 +205,12 @@ def product(
             **{"OUT": _DTYPES[y.dtype], "ROWS": tiles.rows, "COLUMNS": tiles.columns, "TAIL": tail},
             **{"SLICE": tiles.slice, "STEP": step, "WHOLE": depth % step == 0, "TMA": tiles.tma},
             **{"PRECISION": _precision(), "num_warps": tiles.warps, "num_stages": tiles.stages, **limit},
+            **_dependent(),
         )
+
+
+def _dependent() -> dict[str, Any]:
+    return dependent_launch.options(architecture_of_device())
 
 
 def _check(y: Tensor, residual: Tensor | None, scale: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import wait
 from .triton_kernels import merged, row_statistics, slope
 
 
@@ -39,8 +40,11 @@ def _two_sums(x, rows, channels, stride, m, ROWS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit(do_not_specialize=["rows"])
-def statistics(x, to, rows, channels, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def statistics(
+    x, to, rows, channels, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False
+):
     """Into [1, 2, rows], as `row_statistics` reads them."""
+    wait(DEPENDENT)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total, squares = _two_sums(x, rows, channels, stride, m, ROWS, BLOCK)
     tl.store(to + m, total, mask=m < rows)
@@ -48,8 +52,12 @@ def statistics(x, to, rows, channels, stride, ROWS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["rows"])
-def normalise(x, to, hat, rows, channels, stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def normalise(
+    x, to, hat, rows, channels, stride, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
+):  # fmt: skip
     """`statistics`, and the normalised rows into `hat` [rows, channels]."""
+    wait(DEPENDENT)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total, squares = _two_sums(x, rows, channels, stride, m, ROWS, BLOCK)
     tl.store(to + m, total, mask=m < rows)

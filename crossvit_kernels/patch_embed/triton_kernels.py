@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..linear.triton_kernels import slices_of
+from ..triton_dependent import wait
 
 
 @triton.jit
@@ -51,6 +52,7 @@ def embed(
     stride_image, stride_plane, stride_line, stride_pixel, stride_weight, stride_position,
     SIDE: tl.constexpr, RUN: tl.constexpr, IS_CUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SLICE: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """y [rows, channels], contiguous; rows are tokens of all images, `tokens` of each.
 
@@ -58,6 +60,7 @@ def embed(
     multiple of their number, from wherever a patch's line is cut at such multiples. WHOLE: depth is a
     multiple of STEP.
     """
+    wait(DEPENDENT)
     tiles = tl.cdiv(channels, COLUMNS)
     row, column = tl.program_id(0) // tiles * ROWS, tl.program_id(0) % tiles * COLUMNS
     m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
@@ -99,6 +102,7 @@ def cut(
     image, lines, line_weights, pixels, pixel_weights, levels, patches, planes, height, width, old_width,
     tokens, patches_a_line, stride_image, stride_plane, stride_line, stride_pixel, SIDE: tl.constexpr,
     RESIZED: tl.constexpr, LINES: tl.constexpr, PIXELS: tl.constexpr, WINDOW: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """[B * tokens, planes * SIDE * SIDE]; the rows of the CLS tokens are left as they are.
 
@@ -106,6 +110,7 @@ def cut(
     sum of; those of PIXELS pixels side by side lie within WINDOW, which begins at a multiple of 8. levels:
     None, or [2, planes], what a byte is multiplied by, and what is added.
     """
+    wait(DEPENDENT)
     of_height, of_width = tl.cdiv(height, LINES), tl.cdiv(width, PIXELS)
     tile, plane = tl.program_id(0) % (of_height * of_width), tl.program_id(0) // (of_height * of_width)
     b = (plane // planes).to(tl.int64)
@@ -145,12 +150,13 @@ def cut(
 def place(
     patches, position, cls_token, y, tokens, channels,
     stride_image, stride_token, stride_channel, stride_position,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """y [B, tokens, channels], contiguous: the CLS token in front of the patches, with position.
 
     Patches may lie channel by channel, as convolutions leave them: the tile changes its layout in between.
     """
+    wait(DEPENDENT)
     tiles = tl.cdiv(channels, CHANNELS)
     of_image = tl.cdiv(tokens, TOKENS) * tiles
     b = (tl.program_id(0) // of_image).to(tl.int64)

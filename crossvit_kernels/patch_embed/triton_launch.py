@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .. import dependent_launch
 from ..cross_attention.gpu import gpu_of, on_device_of, within_reach
 from ..cross_attention.triton_launch import architecture_of_device
 from ..cross_attention.triton_table import allows_tf32
@@ -63,6 +64,7 @@ def forward(
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns, "SLICE": tiles.slice, "STEP": tiles.step},
             **{"WHOLE": depth % tiles.step == 0, "PRECISION": precise},
             **{"num_warps": tiles.warps, "num_stages": tiles.stages, **limit},
+            **dependent_launch.options(architecture),
         )
     return y
 
@@ -81,6 +83,7 @@ def add_position(patches: Tensor, position: Tensor, cls_token: Tensor, into: Ten
             *(patches, position, cls_token.contiguous(), y, 1 + count, channels),
             *(*patches.stride(), position.stride(0)),
             **{"TOKENS": side, "CHANNELS": side, "num_warps": 4},
+            **dependent_launch.options(architecture_of_device()),
         )
     return y
 
@@ -117,7 +120,7 @@ def cut(
         kernels.cut[batch * planes * -(-seen[0] // height) * -(-seen[1] // width),](
             *(image, *tables, of_bytes, patches, planes, *seen, old[1], tokens, columns, *image.stride()),
             **{"SIDE": side, "RESIZED": resized, "LINES": height, "PIXELS": width, "WINDOW": window},
-            num_warps=2,
+            **{"num_warps": 2, **dependent_launch.options(architecture_of_device())},
         )
     return patches.flatten(0, 1)
 

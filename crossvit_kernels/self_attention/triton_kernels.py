@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import wait
+
 
 @triton.jit
 def _program(tokens, heads, TILE: tl.constexpr):
@@ -72,13 +74,14 @@ def _add_keys(
 def attend(
     qkv, y, lse, tokens, heads, stride_batch, stride_token, stride_channel, scale,
     D: tl.constexpr, D_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
-    SAVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SAVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """y, and with SAVES the log-sum-exp of the scores in base 2, [B, H, N].
 
     TAIL keys are left after whole tiles, rounded up to a power of two of at least 16; 0 for none. They come
     first: behind the loop their products would wait for its last, which runs beside the next step.
     """
+    wait(DEPENDENT)
     image, head, first = _program(tokens, heads, QUERIES)
     width = heads * D
     n = first + tl.arange(0, QUERIES)

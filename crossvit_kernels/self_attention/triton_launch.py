@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dependent_launch
 from ..cross_attention.gpu import on_device_of, within_reach
 from ..cross_attention.triton_launch import architecture_of_device
 from ..cross_attention.triton_table import allows_tf32
@@ -69,6 +70,7 @@ def forward(
             *(qkv, y, lse, tokens, num_heads, *qkv.stride(), scale * _LOG2_E),
             **_constants(qkv, num_heads, dtype, found),
             **{"QUERIES": found.own, "KEYS": found.step, "TAIL": tail(tokens, found.step), "SAVES": saves},
+            **dependent_launch.options(architecture_of_device()),
         )
     return y, lse
 

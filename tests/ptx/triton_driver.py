@@ -58,6 +58,7 @@ class Launch:
     hash: str  # of the compiled kernel
     steps: int  # of the interpreter
     ptx: str
+    dependent: bool  # it may begin before the launch before it has ended
 
 
 @dataclass
@@ -235,11 +236,17 @@ class Launcher:
         block = (*block, 1, 1)[:3]
         shared = self.metadata.shared
         try:
-            steps = run_kernel(module, kernel.name, grid, block, shared, values, memory, **recorder.options)
+            dependent = bool(getattr(self.metadata, "launch_pdl", False))
+            steps = run_kernel(
+                *(module, kernel.name, grid, block, shared, values, memory),
+                **{"dependent": dependent, **recorder.options},
+            )
         except PtxError as error:
             place = f"kernel {kernel.name}, grid {grid}, compute capability {recorder.capability}"
             raise PtxError(f"{error} ({place})") from error
-        launch = Launch(kernel.name, grid, self.metadata.num_warps, shared, kernel.hash, steps, kernel.ptx)
+        launch = Launch(
+            *(kernel.name, grid, self.metadata.num_warps, shared, kernel.hash, steps, kernel.ptx, dependent)
+        )
         recorder.launches.append(launch)
 
 
