@@ -160,13 +160,13 @@ LINEAR_FAULTS = tuple(
         (
             "the gradient of a LayerNorm lacks m1",
             _LINEAR,
-            "value = value - means[0][:, None] - (",
-            "value = value - (",
+            "value = value - means[0][:, None] - x",
+            "value = value - x",
         ),
         (
             "the gradient of a LayerNorm lacks m2",
             _LINEAR,
-            "(x - mean[:, None]) * means[1][:, None]",
+            "x * means[1][:, None]",
             "0.0 * x",
         ),
         (
@@ -302,7 +302,7 @@ PATCH_FAULTS = tuple(
         (
             "runs of pixels are taken for longer than they are",
             _PATCHES_LAUNCH,
-            "return gcd(8, side, *(image.stride(i) for i in range(3) if image.shape[i] > 1))",
+            "return math.gcd(8, side, *(image.stride(i) for i in range(3) if image.shape[i] > 1))",
             "return 8",
         ),
         (
@@ -334,6 +334,165 @@ PATCH_FAULTS = tuple(
             _PATCHES_LAUNCH,
             "depth, tokens, width // side),",
             "depth, tokens, -(-width // side)),",
+        ),
+    )
+)
+
+
+_BLOCK_LAUNCH = "crossvit_kernels/transformer_block/triton_launch.py"
+BLOCK_FAULTS = tuple(
+    Fault(what, file, old, new)
+    for what, file, old, new in (
+        (
+            "the MLP's drop-path is left out backward",
+            _BLOCK_LAUNCH,
+            "scale=scale2, norm=None, channels=channels",
+            "scale=None, norm=None, channels=channels",
+        ),
+        (
+            "the attention's drop-path is left out backward",
+            _BLOCK_LAUNCH,
+            "residual=dy, also=also, scale=scale1)",
+            "residual=dy, also=also)",
+        ),
+        (
+            "the gradient does not go around the MLP",
+            _BLOCK_LAUNCH,
+            "residual=dy, also=also, scale=scale1)",
+            "also=also, scale=scale1)",
+        ),
+        (
+            "the gradient does not go around the attention",
+            _BLOCK_LAUNCH,
+            "dx.view(count, -1), residual=d_between)",
+            "dx.view(count, -1))",
+        ),
+        (
+            "fc2's weight has the gradient of GELU's input",
+            _LINEAR,
+            "_store(also, activate(before, ACTIVATION), ",
+            "_store(also, before, ",
+        ),
+        (
+            "the gradient for proj is not scaled",
+            _LINEAR,
+            "scaled = value if scale is None else value * scale[:, None]",
+            "scaled = value",
+        ),
+        (
+            "the second LayerNorm has the statistics of the first",
+            _BLOCK_LAUNCH,
+            "for x in (first, second)),",
+            "for x in (first, first)),",
+        ),
+        (
+            "the second LayerNorm has the eps of the first backward",
+            _BLOCK_LAUNCH,
+            "before(saved.rows2, saved.statistics2, norm2, fc1, eps[1])",
+            "before(saved.rows2, saved.statistics2, norm2, fc1, eps[0])",
+        ),
+        (
+            "the weights' gradients lack the means of the rows",
+            _BLOCK_LAUNCH,
+            "means=norm.deferred,",
+            "means=False,",
+        ),
+        (
+            "what is beside the rows lacks their deviation",
+            _LINEAR_ROWS,
+            "_store_beside(to, mean, rstd, m, m < rows)",
+            "_store_beside(to, mean, rstd * 0.0 + 1.0, m, m < rows)",
+        ),
+        (
+            "normalised rows are taken for those before the LayerNorm",
+            _BLOCK_LAUNCH,
+            "deferred = not normalised and linear.defers(x, folded)",
+            "deferred = linear.defers(x, folded)",
+        ),
+        (
+            "the rows behind the first LayerNorm are saved for the second",
+            _BLOCK_LAUNCH,
+            "(first.rows, second.rows) if mixed",
+            "(first.rows, first.rows) if mixed",
+        ),
+        (
+            "the gradient behind GELU is scaled by the rows wherever there is a LayerNorm",
+            _LINEAR,
+            "        if SCALED:\n            value *= rstd[:, None]\n",
+            "        if NORM:\n            value *= rstd[:, None]\n",
+        ),
+    )
+)
+
+_FROZEN_GPU = "crossvit/frozen_gpu.py"
+FROZEN_FAULTS = tuple(
+    Fault(what, file, old, new)
+    for what, file, old, new in (
+        (
+            "the second stream does not wait for the first",
+            _FROZEN_GPU,
+            "            self._after(main, self.side)\n",
+            "",
+        ),
+        (
+            "the fusion does not wait for the second stream",
+            _FROZEN_GPU,
+            "            self._after(self.side, main)\n",
+            "",
+        ),
+        (
+            "a call does not wait for one on another stream",
+            _FROZEN_GPU,
+            "            stream.wait_event(self._done)\n",
+            "",
+        ),
+        (
+            "a graph of the caller shares the memory of the frozen model's own",
+            _FROZEN_GPU,
+            "return Instance(self, self._pack(key[2], model), model, key).launched(x)",
+            "return self._instances[key].launched(x)",
+        ),
+        (
+            "memory is given back while it is used",
+            _FROZEN_GPU,
+            "            self._done.synchronize()\n",
+            "            pass\n",
+        ),
+        (
+            "the memory of a graph's size is kept for ever",
+            _FROZEN_GPU,
+            "while len(self._instances) > _KEPT:",
+            "while len(self._instances) > 100:",
+        ),
+        (
+            "what was packed is used on another stream at once",
+            _FROZEN_GPU,
+            "                cuda.current_stream().wait_event(self._packed[key[2]])\n",
+            "",
+        ),
+        (
+            "images are resized to what the other branch sees",
+            _FROZEN_GPU,
+            "layers.embed(b, images, self.seen[b], ",
+            "layers.embed(b, images, self.seen[0], ",
+        ),
+        (
+            "the heads are summed",
+            "crossvit/frozen_layers.py",
+            "for head in heads], dim=1) / 2",
+            "for head in heads], dim=1)",
+        ),
+        (
+            "statistics from before the fusion are used behind it",
+            "crossvit/frozen_layers.py",
+            "        known = None  # the fusion has changed the CLS rows\n",
+            "        known = self.__dict__.setdefault('known', {}).get(branch)\n",
+        ),
+        (
+            "the attention's result lies where the MLP's hidden channels do",
+            "crossvit_kernels/transformer_block/prepared.py",
+            "narrow = _view(space.narrow, ",
+            "narrow = _view(space.wide, ",
         ),
     )
 )

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crossvit import frozen_gpu
+from crossvit import frozen_gpu, watch
 from tests.ptx import triton_driver
 
 Clock = dict[int, int]
@@ -343,6 +344,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
         mock.patch.object(frozen_gpu.Instance, "_launch", launch),
         mock.patch.object(frozen_gpu, "cuda", cuda),
         mock.patch.object(frozen_gpu, "is_on_gpu", return_value=True),
+        # Which reads the memory of the CPU; gpu_fingerprint.py has tests of its own.
+        mock.patch.object(watch, "Fingerprint", return_value=SimpleNamespace(differs=lambda: False)),
         mock.patch.object(triton_driver.Launcher, "_run", run),
         _Operators(cuda),
     ):

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.block_faults import ATTENTION_FAULTS, LINEAR_FAULTS, PATCH_FAULTS
+from tests.block_faults import (
+    ATTENTION_FAULTS,
+    BLOCK_FAULTS,
+    FROZEN_FAULTS,
+    LINEAR_FAULTS,
+    PATCH_FAULTS,
+)
 from tests.contract import needs_module
 from tests.cuda_faults import CUDA_FAULTS
 from tests.native_builds import build, copy_project, run_tests
@@ -42,6 +48,8 @@ GPU_FAULTS = {
     "self_attention": (ATTENTION_FAULTS, ["tests/test_triton_attention.py", "-m", "not interpreted"]),
     "linear": (LINEAR_FAULTS, ["tests/test_triton_linear.py", "-m", "not interpreted"]),
     "patch_embed": (PATCH_FAULTS, ["tests/test_triton_patches.py", "-m", "not interpreted"]),
+    "transformer_block": (BLOCK_FAULTS, ["tests/test_triton_block.py", "-m", "not interpreted"]),
+    "frozen": (FROZEN_FAULTS, ["tests/test_frozen_gpu.py", "-m", "not interpreted", "-k", "not compiling"]),
 }
 
 
