@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import tempfile
@@ -143,6 +144,9 @@ def _measure(console: Any, ours: CrossViT, rival: Any, image: Tensor) -> list[Me
         ),
         ("whole model", lambda: ours(image), lambda: rival(image)),
     ]
+    if image.is_cuda:
+        frozen = copy.deepcopy(ours).freeze(batch_sizes=[1])
+        tasks.append(("whole model, frozen", lambda: frozen(image), lambda: rival(image)))
     measured = []
     with _require("rich.progress").Progress(console=console, transient=True) as progress:
         bar = progress.add_task("Measuring", total=ROUNDS * len(tasks))
