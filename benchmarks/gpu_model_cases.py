@@ -20,17 +20,19 @@ from benchmarks import gpu_timing, race
 from benchmarks.gpu_cases import Result, Target, error, failing
 from crossvit import CrossViT, create_model
 from crossvit._timm import import_timm
-from crossvit_kernels import dependent_launch, use_backend
+from crossvit.frozen_gpu import PackedOnGpu
+from crossvit_kernels import use_backend
+from crossvit_kernels.backends import BACKENDS
 
 MODEL = "crossvit_18_240"
 INFERENCE, TRAINING = "inference", "training step"
-ORDINARY = "ordinary launches"  # of the same kernels
-BY_TORCH = "frozen on PyTorch"  # the same graph and streams around PyTorch's operators
+# Frozen models with what "auto" chooses from: whose kernels, and how they are launched.
+BY_TORCH, ORDINARY, DEPENDENT = "frozen on PyTorch", "frozen on Triton", "frozen on Triton, dependent"
 # Relative to the largest logit or the loss, against timm's model in float32.
 _BOUNDS = {INFERENCE: 0.05, TRAINING: 0.05}
 # torch.compile takes a minute for the first of these and several for the second.
 COMPILERS: dict[str, dict[str, Any]] = {"compiled": {}, "max-autotune": {"mode": "max-autotune"}}
-_COMPILED = (256, 1)
+COMPILED = (256, 1)
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ def measure_model(case: ModelCase, device: torch.device, compilers: bool) -> Res
 
     `compilers`: whether torch.compile is among the rivals, on batches where it is asked for.
     """
-    ours, rival = _pair(case, device)
-    images = torch.randn(case.batch, 3, *ours.img_size, device=device)
-    compiled = compilers and case.batch in _COMPILED
+    compiled = compilers and case.batch in COMPILED
     measure = _inference if case.mode == INFERENCE else _training
     result: Result = {"images": case.batch}
     with failing(result):
+        ours, rival = _pair(case, device)
+        images = torch.randn(case.batch, 3, *ours.img_size, device=device)
         measure(ours, rival, images, compiled, result)
     return result
 
@@ -85,20 +87,20 @@ def _inference(ours: CrossViT, rival: nn.Module, images: Tensor, compiled: bool,
     rival = rival.to(torch.bfloat16)
     low = images.to(torch.bfloat16)
     models: dict[str, Any] = {"ours": ours.to(torch.bfloat16).freeze()}
-    with use_backend("torch"):
-        models[BY_TORCH] = copy.deepcopy(ours).freeze()
+    for name, backend, dependent in (
+        *((BY_TORCH, "torch", False), (ORDINARY, "triton", False), (DEPENDENT, "triton", True)),
+    ):
+        if BACKENDS[backend].missing() is None and (backend == "torch" or device.type == "cuda"):
+            models[name] = frozen_by(ours, backend, dependent, low)
     models["timm"] = rival
-    with mock.patch.object(dependent_launch, "can", return_value=False):
-        models[ORDINARY] = copy.deepcopy(ours).freeze()
-        for _ in range(2):  # the second call records the graph
-            _forward(models[ORDINARY], low)
     given = {name: (lambda m=model: _forward(m, low)) for name, model in models.items()}
     if device.type == "cuda":
         given["timm in a graph"] = gpu_timing.capture(given["timm"])
     for name, options in COMPILERS.items() if compiled else ():
         torch.compiler.reset()
         model = torch.compile(rival, **options)
-        given[name] = lambda m=model: _forward(m, low)
+        if _compiles(name, lambda m=model: _forward(m, low), result):
+            given[name] = lambda m=model: _forward(m, low)
     result["error"] = error([given["ours"]().float()], [want])
     if not result["error"] < _BOUNDS[INFERENCE]:
         return
@@ -106,6 +108,26 @@ def _inference(ours: CrossViT, rival: nn.Module, images: Tensor, compiled: bool,
     held = {name: getattr(model, "packed_nbytes", 0) for name, model in models.items()}
     options: dict[str, Any] = {"latency": len(images) <= 32, "graphs": False}
     result |= race.run(run, given, device, held=lambda name: held.get(name, 0), **options)
+
+
+def frozen_by(model: CrossViT, backend: str, dependent: bool, images: Tensor) -> CrossViT:
+    """A copy that is frozen so, its graph recorded; one that cannot be is called without."""
+    always = mock.patch.object(PackedOnGpu, "launches_dependently", return_value=dependent)
+    with use_backend(backend), always:
+        frozen = copy.deepcopy(model).unfreeze().freeze()
+        for _ in range(2):  # the second call records the graph
+            _forward(frozen, images)
+    return frozen
+
+
+def _compiles(name: str, call: Callable[[], object], result: Result) -> bool:
+    """Whether a compiled rival runs; if not, the result has why, and the others are measured."""
+    reason: Result = {}
+    with failing(reason):
+        call()
+    if reason:
+        result[f"not run {name}"] = reason["failed"]
+    return not reason
 
 
 def _forward(model: Any, images: Tensor) -> Tensor:
@@ -133,7 +155,9 @@ def _training(ours: CrossViT, rival: nn.Module, images: Tensor, compiled: bool, 
     steps = {"ours": step_of(ours.train()), "timm": step_of(rival.train())}
     for name, options in COMPILERS.items() if compiled else ():
         torch.compiler.reset()
-        steps[name] = step_of(torch.compile(rival, **options))
+        step = step_of(torch.compile(rival, **options))
+        if _compiles(name, step, result):
+            steps[name] = step
     mine, theirs = (steps[name]() for name in ("ours", "timm"))
     result["error"] = error([mine], [theirs])
     if not result["error"] < _BOUNDS[TRAINING]:

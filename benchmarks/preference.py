@@ -25,7 +25,7 @@ from crossvit_kernels.cross_attention.gpu_preference import Names
 from . import tune_triton
 from .gpu_cases import CASES, DTYPES, OURS, of_backend
 from .gpu_layer_cases import LAYER_CASES
-from .gpu_model_cases import BY_TORCH, MODEL_CASES, ORDINARY
+from .gpu_model_cases import BY_TORCH, DEPENDENT, MODEL_CASES, ORDINARY
 
 TABLE = Path(gpu_preference.__file__)
 TABLE_OF_LAYERS = Path(kernel_preference.__file__)
@@ -82,12 +82,17 @@ def layer_preferences(results: Mapping[str, Any]) -> dict[LayerKey, tuple[tuple[
             key = (architecture_of(results), case.operation, case.shape, case.trains, DTYPES[case.dtype])
             tables[key].append((case.batch * case.number, min(ratios) > 1))
     for model in sorted(MODEL_CASES, key=lambda case: case.batch):
-        for operation, rival in (("frozen_model", BY_TORCH), ("dependent_launches", ORDINARY)):
-            against = results["entries"].get(model.name, {}).get(f"against {rival}")
-            if against is not None:
-                widths = find_variant(model.model).widths
-                key = (architecture_of(results), operation, widths, False, torch.bfloat16)
-                tables[key].append((model.batch, against["ratio"] > 1))
+        entry, widths = results["entries"].get(model.name, {}), find_variant(model.model).widths
+        of_torch, ordinary, dependent = (
+            entry.get(f"against {name}", {}).get("rival_seconds") for name in (BY_TORCH, ORDINARY, DEPENDENT)
+        )
+        key = (architecture_of(results), "dependent_launches", widths, False, torch.bfloat16)
+        if ordinary and dependent:
+            tables[key].append((model.batch, dependent < ordinary))
+        if of_torch and ordinary:
+            best = min(ordinary, dependent or ordinary)
+            frozen = (key[0], "frozen_model", widths, False, torch.bfloat16)
+            tables[frozen].append((model.batch, best < of_torch))
     return {key: merged(rows) for key, rows in tables.items()}
 
 

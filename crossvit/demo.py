@@ -235,7 +235,7 @@ def _attention_figure(photo: Image, maps: AttentionMaps, source: str) -> Any:
 
 
 def _timing_figure(measured: list[Measured], rival_name: str, machine: str) -> Any:
-    figure = _figure(9, 2.6)
+    figure = _figure(4.5 * len(measured), 2.6)
     names = ("this package", rival_name.split(" (")[0])
     for axis, row in zip(figure.subplots(1, len(measured)), measured, strict=True):
         for position, (interval, colour) in enumerate(

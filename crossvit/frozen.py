@@ -12,6 +12,7 @@ that nobody froze, in its own dtype, where it can be had and nothing but logits 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import fields
@@ -44,6 +45,7 @@ _LOG = logging.getLogger("crossvit")
 _SLICE = 32  # images that are in memory at once
 _KEPT = 8  # image sizes, dtypes and numbers of threads whose memory is kept
 _MEAN = 0.5  # of the two heads
+_OF_ONE = ("_lock", "_weights", "_recorded")  # attributes that a copy has for itself
 _OPERATORS = ("auto", "cpu")  # the backends that a program stands for
 
 
@@ -71,15 +73,17 @@ class Frozen:
         self._standardisation = None if mean is None or std is None else (tuple(mean), tuple(std))
         self._levels = None if mean is None else levels(model.in_chans, mean, std)
         self._lock = threading.Lock()
+        self._recorded: list[Any] = []  # what graphs of callers read, as long as the model is frozen
         self._pack(model, batch_sizes)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs for itself, when it is called.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_weights")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        self._recorded = []
         self._weights: PackedModel | PackedOnGpu | None = None
 
     def _pack(self, model: CrossViT, batch_sizes: Sequence[int] = ()) -> None:
@@ -108,13 +112,30 @@ class Frozen:
         """Images [B, in_chans, height, width] -> logits [B, num_classes], without a gradient."""
         if torch.jit.is_tracing():
             raise RuntimeError("a frozen model cannot be traced: call unfreeze() first")
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is not None:  # within torch.compile, nothing that is called here is to be compiled
+            return dynamo.disable(self._logits)(model, x)
+        return self._logits(model, x)
+
+    # What torch.compiler.disable sets; that would import all of torch.compile.
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _logits(self, model: CrossViT, x: Tensor) -> Tensor:
+        recorded = frozen_gpu.is_on_gpu(model) and frozen_gpu.is_recorded()
         with self._lock:
             weights = self._weights
             if weights is None or weights.outdated(model):
+                if recorded:
+                    raise RuntimeError(
+                        "a CUDA graph is recorded around a frozen model whose weights have to be packed: "
+                        "call it once before"
+                    )
                 if weights is not None:
                     _LOG.info("the frozen model was changed: its weights are packed again")
                 self._pack(model)
                 weights = cast(PackedModel, self._weights)
+            if recorded and weights not in self._recorded:
+                self._recorded.append(weights)
         model._check_image(x, self._levels is not None)
         return weights.run(model, x.detach())
 

@@ -21,7 +21,7 @@ from torch import Tensor, cuda
 
 from crossvit_kernels import kernel_preference
 from crossvit_kernels.backends import selected
-from crossvit_kernels.cross_attention.gpu import gpu_of
+from crossvit_kernels.cross_attention.gpu import architecture_of
 from crossvit_kernels.dependent_launch import dependent_launches
 from crossvit_kernels.modes import without_autocast
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("crossvit")
 _KEPT = 8  # sizes of images and batches whose memory and graph are kept
+_RECORDING = threading.Lock()
 
 Key = tuple[torch.dtype, tuple[int, ...], str]
 
@@ -40,6 +41,11 @@ Key = tuple[torch.dtype, tuple[int, ...], str]
 def is_on_gpu(model: CrossViT) -> bool:
     """Whether the model's parameters are where `PackedOnGpu` computes."""
     return any(p.is_cuda for p in model.parameters())
+
+
+def is_recorded() -> bool:
+    """Whether the caller records a CUDA graph now."""
+    return cuda.is_current_stream_capturing()
 
 
 class PackedOnGpu:
@@ -62,6 +68,7 @@ class PackedOnGpu:
         images_at_once: int | None = None,
         batch_sizes: Sequence[int] = (),
     ) -> None:
+        self.watch = Watch(model) if check else None  # first: changes while it is packed count
         self.dtype, self.images_at_once = dtype, images_at_once
         self.device = next(model.parameters()).device
         self.logits_dtype = next(model.parameters()).dtype
@@ -74,7 +81,6 @@ class PackedOnGpu:
             self.against_triton = self._why_not_triton(model)
             for name in self._names() if not check else self._names()[:1]:
                 self._pack(name, model)
-        self.watch = Watch(model) if check else None
         for batch in batch_sizes:
             self.record(model, batch)
 
@@ -116,14 +122,12 @@ class PackedOnGpu:
         names = self._names()
         if len(names) == 1:
             return names[0]
-        architecture = f"sm_{gpu_of(self.device).capability}"
-        given = (architecture, "frozen_model", self.widths, images, False, self.dtype)
+        given = (architecture_of(self.device), "frozen_model", self.widths, images, False, self.dtype)
         return "triton" if kernel_preference.ahead(*given) else "torch"
 
     def launches_dependently(self, images: int) -> bool:
         """Whether kernels for so many images begin before those before them have ended."""
-        architecture = f"sm_{gpu_of(self.device).capability}"
-        given = (architecture, "dependent_launches", self.widths, images, False, self.dtype)
+        given = (architecture_of(self.device), "dependent_launches", self.widths, images, False, self.dtype)
         return kernel_preference.ahead(*given)
 
     def _pack(self, name: str, model: CrossViT) -> Layers:
@@ -147,7 +151,7 @@ class PackedOnGpu:
             classes = self._pack(self._names()[0], model).classes
             return torch.empty((0, classes), dtype=self.logits_dtype, device=self.device)
         with self._for_values():
-            if cuda.is_current_stream_capturing():
+            if is_recorded():
                 return self._within_a_graph(model, x)
             return self._instance(model, x).run(x)
 
@@ -192,6 +196,8 @@ class PackedOnGpu:
 class Instance:
     """Memory for images of one size, and the graph that runs on it."""
 
+    _calls = 0
+
     def __init__(self, packed: PackedOnGpu, layers: Layers, model: CrossViT, key: Key) -> None:
         dtype, shape, _ = key
         self.layers, self.logits_dtype = layers, packed.logits_dtype
@@ -209,11 +215,11 @@ class Instance:
             for n, c in zip(counts, layers.widths, strict=True)
         ]
         self.rooms = [layers.room(b, at_once, n) for b, n in enumerate(counts)]
-        self.side = cuda.Stream(packed.device)
+        # Of its own: libraries keep memory for each stream that they are recorded on.
+        self.side, self.recording = (cuda.Stream(packed.device) for _ in range(2))
         self.dependent = packed.launches_dependently(at_once)
         self.graph: Any = None
         self.graph_bytes = 0
-        self._calls = 0
         self._lock = threading.Lock()
         self._done = cuda.Event()  # what uses its memory: another stream has to wait for that
         self._done.record(cuda.current_stream())
@@ -230,17 +236,18 @@ class Instance:
         with self._lock:
             stream = cuda.current_stream()
             stream.wait_event(self._done)
-            self.images.copy_(x)
-            if self._calls == 1:
-                self._record()
             self._calls += 1
-            if self.graph is None:
-                self._launch()
-            else:
-                self.graph.replay()
-            logits = self.logits.to(self.logits_dtype, copy=True)
-            self._done.record(stream)
-            return logits
+            try:
+                self.images.copy_(x)
+                if self._calls == 2:
+                    self._record()
+                if self.graph is None:
+                    self._launch()
+                else:
+                    self.graph.replay()
+                return self.logits.to(self.logits_dtype, copy=True)
+            finally:
+                self._done.record(stream)
 
     def launched(self, x: Tensor) -> Tensor:
         """The logits of images x, without a graph of its own."""
@@ -254,20 +261,28 @@ class Instance:
             self._done.synchronize()
 
     def _record(self) -> None:
-        before = cuda.memory_reserved()
-        graph = cuda.CUDAGraph()
+        main, graph = cuda.current_stream(), cuda.CUDAGraph()
         try:
-            # Other threads may go on: what they do does not belong to this graph.
-            with cuda.graph(graph, capture_error_mode="thread_local"):
-                self._launch()
+            # A process records one graph at a time. One that fails may leave its stream as the current one.
+            with _RECORDING, cuda.stream(main):
+                self._after(main, self.recording)
+                with cuda.stream(self.recording):  # what libraries prepare for a stream and a thread
+                    self._launch()
+                # Other threads may go on: what they do does not belong to this graph.
+                with cuda.graph(graph, stream=self.recording, capture_error_mode="thread_local"):
+                    before = cuda.memory_reserved()
+                    self._launch()
+                    self.graph_bytes = max(0, cuda.memory_reserved() - before)
+            self.graph = graph
         except RuntimeError as reason:  # no memory is one too
             _LOG.warning(
                 "the frozen model runs without a CUDA graph for images of %s, which takes longer where they "
                 "are few: %s: %s",
                 *(list(self.images.shape), type(reason).__name__, str(reason).partition("\n")[0]),
             )
-            return
-        self.graph, self.graph_bytes = graph, max(0, cuda.memory_reserved() - before)
+            self.graph_bytes = 0
+        finally:
+            self._after(self.recording, main)
 
     def _launch(self) -> None:
         """Everything from the images to the logits, on the current stream and beside it."""
@@ -283,12 +298,15 @@ class Instance:
         main = cuda.current_stream()
         for k in range(len(layers.blocks)):
             self._after(main, self.side)
-            for b, stream in enumerate((self.side, main)):
-                with cuda.stream(stream):
-                    if k == 0:
-                        layers.embed(b, images, self.seen[b], self.positions[b], tokens[b], self.rooms[b])
-                    layers.run_blocks(k, b, tokens[b], self.rooms[b])
-            self._after(self.side, main)
+            try:
+                for b, stream in enumerate((self.side, main)):
+                    with cuda.stream(stream):
+                        if k == 0:
+                            place = self.positions[b], tokens[b], self.rooms[b]
+                            layers.embed(b, images, self.seen[b], *place)
+                        layers.run_blocks(k, b, tokens[b], self.rooms[b])
+            finally:
+                self._after(self.side, main)
             layers.fuse(k, tokens)
         layers.classify(tokens, logits)
 

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossvit_kernels import BlockWeights, FusionWeights, add_position, cross_fusion, patch_embed, validation
+from crossvit_kernels.backends import selected
 from crossvit_kernels.cross_attention.directions import Direction, ForwardOutputs
 from crossvit_kernels.cross_attention.gpu_preference import chosen
 from crossvit_kernels.cross_attention.op import engine
 from crossvit_kernels.self_attention import reasons_of_triton
 from crossvit_kernels.transformer_block import reference
-from crossvit_kernels.transformer_block.prepared import PreparedBlock, Space
+from crossvit_kernels.transformer_block.prepared import PreparedBlock, PreparedLayer, Space
 from crossvit_kernels.validation import Kind
 
 from .encoder import MultiScaleBlock
@@ -243,6 +244,12 @@ class TritonLayers(Layers):
         from crossvit_kernels.patch_embed.triton_launch import table_of_bytes
 
         super().__init__(model, dtype, standardisation)
+        self.heads: list[PreparedLayer] = []
+        if model.num_classes:  # each counts half
+            self.heads = [
+                PreparedLayer((norm[0], norm[1]), (h.weight.detach(), h.bias), norm[2], dtype, share=0.5)
+                for norm, h in zip(self.norms, cast(Any, model.head), strict=True)
+            ]
         if standardisation is not None:  # both branches read it, on streams that do not wait for each other
             table_of_bytes(model.in_chans, *map(tuple, standardisation), self.device)
 
@@ -286,10 +293,21 @@ class TritonLayers(Layers):
         for block in self.blocks[encoder][branch]:
             known = block.run(tokens, room, known)
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(head.nbytes for head in self.heads)
+
+    def classify(self, tokens: Sequence[Tensor], logits: Tensor) -> None:
+        if self.head is None:
+            super().classify(tokens, logits)
+        for b, head in enumerate(self.heads):
+            before = head.normed(tokens[b][:, 0], None)
+            before.product(logits, residual=logits if b else None)
+
     def fuse(self, encoder: int, tokens: Sequence[Tensor]) -> None:
         weights, heads, eps = self.fusions[encoder]
         kind = Kind("cross_fusion", self.device, self.widths, heads, self.dtype, self.dtype)
-        name = chosen(kind, len(tokens[0]), backward=False)
+        name = selected() if selected() == "triton" else chosen(kind, len(tokens[0]), backward=False)
         if name == "torch":
             super().fuse(encoder, tokens)
             return

@@ -29,6 +29,8 @@ def taken(block: Block, x: Tensor) -> BlockWeights | None:
         return None
     if x.ndim != 3 or x.numel() == 0 or plain_operators_only() or not block.is_as_built(may_drop_paths=True):
         return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # which differentiates what may be so once
+        return None
     parameters = parameters_of(block)
     if not _fits(block, x, parameters):
         return None

@@ -250,6 +250,8 @@ def embeds_at_once(stem: nn.Module, image: Tensor) -> bool:
     convolution: Any = stem.proj
     if not is_plain(convolution, nn.Conv2d) or (torch.compiler.is_compiling() and name == "auto"):
         return False
+    if image.dtype != convolution.weight.dtype:  # under autocast tokens take the wider of both
+        return False
     side = stem.patch_size
     windows = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
     return windows == (side, side, (0, 0), (1, 1)) and convolution.groups == 1

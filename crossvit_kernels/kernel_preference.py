@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import validation
 from .backends import BACKENDS, Call, selected
-from .cross_attention.gpu import gpu_of
+from .cross_attention.gpu import architecture_of
 
 Shape = tuple[int | str | bool, ...]
 
@@ -92,7 +92,7 @@ def chosen(
 
     They are tried for `widths` and `heads`.
     """
-    architecture = f"sm_{gpu_of(x.device).capability}"
+    architecture = architecture_of(x.device)
     if not ahead(architecture, operation, shape, number, training, call.weights):
         return "auto"
     if BACKENDS["triton"].reasons_against(call):

@@ -135,11 +135,12 @@ class FakeCuda:
     accesses: list[Access] = field(default_factory=list)
     log: list[Launch] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)  # so that no address is used twice
-    # Address of memory that was allocated on the way -> the stream that did, which may use it again.
-    born: dict[int, int] = field(default_factory=dict)
+    # Memory that was allocated on the way, and the stream that did, which may use it again.
+    born: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, stream
     on_the_way: bool = False
     capturing: Graph | None = None
     fails_to_record: str | None = None
+    fails_at_the_end: str | None = None
     synchronized: int = 0
     _captured: list[Access] = field(default_factory=list)  # of the capture that is under way
     _silent: bool = False
@@ -176,29 +177,34 @@ class FakeCuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph: Graph, capture_error_mode: str = "global") -> Iterator[None]:
+    def graph(
+        self, graph: Graph, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         if self.capturing is not None:
             raise RuntimeError("another capture is under way")
         if self.fails_to_record is not None:
             raise torch.OutOfMemoryError(self.fails_to_record)
-        origin, outer = Stream(self), self.current
+        origin, outer = stream or Stream(self), self.current
+        before = {known.number: dict(known.clock) for known in self.streams}
         origin.clock.update(outer.clock)
         self.capturing = origin.capture = graph
         self._captured = []
+        self.current = origin
         try:
-            with self.stream(origin):
-                yield
-            for stream in self.streams:
-                if stream.capture is graph and stream.clock[stream.number] > origin.clock.get(
-                    stream.number, 0
-                ):
-                    raise RuntimeError(f"stream {stream.number} was not joined before the capture ended")
+            yield
+            for other in self.streams:
+                if other.capture is graph and other.clock[other.number] > origin.clock.get(other.number, 0):
+                    raise RuntimeError(f"stream {other.number} was not joined before the capture ended")
+            if self.fails_at_the_end is not None:
+                raise RuntimeError(self.fails_at_the_end)
         finally:
+            if self.fails_at_the_end is None:  # else torch leaves the stream of the capture as it is
+                self.current = outer
             self.capturing = None
-            for stream in self.streams:
-                if stream.capture is graph:
-                    stream.capture = None
-                    stream.clock = {stream.number: 10**9 + len(self.log)}  # outside nothing is ordered by it
+            for other in self.streams:  # nothing ran
+                if other.capture is graph:
+                    other.capture = None
+                    other.clock = before.get(other.number, {other.number: 0})
 
     # Accounts
 
@@ -223,9 +229,10 @@ class FakeCuda:
                 raise RuntimeError(f"{name} is launched on a stream outside of the capture")
             self.capturing.steps.append((name, stream, again, ranges))
         stream.clock[stream.number] = stream.clock.get(stream.number, 0) + 1
-        for start, _, _ in ranges:
-            if self.born.get(start, stream.number) != stream.number:
-                raise Hazard(f"{name} on stream {stream.number} uses memory of stream {self.born[start]}")
+        for start, end, _ in ranges:
+            for first, last, owner in self.born:
+                if first < end and start < last and owner != stream.number:
+                    raise Hazard(f"{name} on stream {stream.number} uses memory of stream {owner}")
         self.account(name, stream, ranges, replayed=False)
 
     def account(
@@ -276,7 +283,7 @@ class _Operators(TorchDispatchMode):
         new = [t for t in outputs if t.untyped_storage().data_ptr() not in own]
         if not self.cuda._silent and self.cuda.on_the_way:
             for t in new:
-                self.cuda.born[t.data_ptr()] = self.cuda.current.number
+                self.cuda.born.append((*_range(t), self.cuda.current.number))
         self.cuda.kept += new
         name = func._schema.name
         mutated = [

@@ -20,13 +20,13 @@ PLACES = ((0, 0), (0, 2048), (0, 4999), (1, 0), (1, 2), (2, 0), (2, 1024))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_what_is_noticed_and_when(target):
     """One call after the write, and again until somebody looks anew."""
-    tensors = [torch.randn(5000), torch.randn(3), torch.randn(1025)[None], torch.empty(0)]
+    tensors = [torch.randn(5000), torch.ones(3), torch.randn(1025)[None], torch.empty(0)]
     with without_a_gpu(target) as recorder:
         recorder.register(*(t for t in tensors if t.numel()))
         for which, place in PLACES:
             found = GpuFingerprint(tensors)
             assert [found.differs() for _ in range(3)] == [False] * 3
-            tensors[which].data.view(-1)[place] += 1
+            tensors[which].data.view(-1)[place] *= -1  # of which the low half knows nothing
             assert [found.differs() for _ in range(3)] == [False, True, True]
         found = GpuFingerprint(tensors)
         tensors[0][5] += 1  # is not looked at

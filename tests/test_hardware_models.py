@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from benchmarks import gpu_model_cases, hardware, preference, race
-from benchmarks.gpu_model_cases import BY_TORCH, INFERENCE, MODEL_CASES, MODEL_TARGETS, TRAINING, ModelCase
+from benchmarks.gpu_model_cases import (
+    BY_TORCH,
+    DEPENDENT,
+    INFERENCE,
+    MODEL_CASES,
+    MODEL_TARGETS,
+    ORDINARY,
+    TRAINING,
+    ModelCase,
+)
 from crossvit_kernels import kernel_preference
 
 SMALL = "crossvit_tiny_240"
@@ -59,19 +68,28 @@ def test_the_cases_and_their_targets():
     assert {target.verdict({}) for target in MODEL_TARGETS} == {"not measured"}
 
 
-def test_the_layers_of_a_frozen_model_are_chosen_by_it():
+def test_what_a_frozen_model_takes_is_chosen_by_it():
+    """Whose kernels, and how they are launched; nothing of a batch where one was not measured."""
+    seconds = {1: (4.0, 3.0, 2.0), 8: (4.0, 3.0, 3.5), 64: (4.0, 3.0, None), 256: (4.0, 5.0, 6.0)}
     entries = {
-        ModelCase(INFERENCE, batch).name: {f"against {BY_TORCH}": {"ratio": ratio}}
-        for batch, ratio in ((1, 1.3), (8, 1.2), (256, 0.9))
+        ModelCase(INFERENCE, batch).name: {
+            f"against {name}": {"rival_seconds": time}
+            for name, time in zip((BY_TORCH, ORDINARY, DEPENDENT), times, strict=True)
+            if time is not None
+        }
+        for batch, times in seconds.items()
     }
     results = {"runs": {"one": {"capability": "9.0"}}, "entries": entries}
     found = preference.layer_preferences(results)
-    key = ("sm_90", "frozen_model", (224, 448), False, torch.bfloat16)
-    assert found == {key: ((8, True), (256, False))}
+    kind = ((224, 448), False, torch.bfloat16)
+    assert found == {
+        ("sm_90", "frozen_model", *kind): ((64, True), (256, False)),
+        ("sm_90", "dependent_launches", *kind): ((1, True), (256, False)),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_preference, "_MEASURED", found)
-        given = (torch.bfloat16,)
-        ahead = [kernel_preference.ahead(*key[:3], batch, False, *given) for batch in (1, 8, 32, 512)]
+        given = ("sm_90", "frozen_model", kind[0])
+        ahead = [kernel_preference.ahead(*given, batch, *kind[1:]) for batch in (1, 8, 128, 512)]
     assert ahead == [True, True, False, False]
 
 

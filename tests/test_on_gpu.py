@@ -279,7 +279,8 @@ def images_of(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def exact(model: CrossViT, x: Tensor) -> Tensor:
-    with torch.no_grad(), use_backend("reference"):
+    convolutions = torch.backends.cudnn.flags(allow_tf32=False)
+    with torch.no_grad(), use_backend("reference"), convolutions:
         return copy.deepcopy(model).unfreeze().float()(x.float())
 
 

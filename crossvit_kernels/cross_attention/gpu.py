@@ -30,6 +30,14 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.multi_processor_count, shared)
 
 
+@cache
+def architecture_of(device: torch.device) -> str:
+    """Its name, as triton_table.py has them: "sm_90", "gfx942"."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return f"sm_{gpu_of(device).capability}"
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Kernels are launched on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

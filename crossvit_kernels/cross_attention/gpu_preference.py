@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import validation
-from .gpu import gpu_of
+from .gpu import architecture_of
 
 Names = tuple[str, ...]
 
@@ -32,8 +32,7 @@ def preferred(architecture: str, operation: str, backward: bool, batch: int, mat
 
 def chosen(kind: validation.Kind, batch: int, backward: bool) -> str:
     """The backend that "auto" takes on a GPU: the first that can take the call and is right, else "torch"."""
-    gpu = gpu_of(kind.device)
-    architecture = f"sm_{gpu.capability}"
+    architecture = architecture_of(kind.device)
     for name in preferred(architecture, kind.operation, backward, batch, kind.weights):
         if not kind.reasons_against(name) and validation.trusted(name, kind, backward):
             return name

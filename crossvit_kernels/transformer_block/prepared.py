@@ -12,6 +12,7 @@ from . import BlockWeights
 
 if TYPE_CHECKING:
     from ..linear.triton_launch import Statistics
+    from .triton_launch import Layer, Normed
 
 
 class Space:
@@ -50,6 +51,45 @@ def _view(memory: Tensor, *shape: int) -> Tensor:
     return memory[: math.prod(shape)].view(shape)
 
 
+class PreparedLayer:
+    """A LayerNorm and the linear layer behind it, on rows [M, C] of its dtype; copies of the weights.
+
+    Args:
+        norm, layer: weight and bias of each.
+        share: what the layer's result is multiplied by.
+    """
+
+    def __init__(self, norm: Layer, layer: Layer, eps: float, dtype: torch.dtype, share: float = 1.0) -> None:
+        from ..linear import triton_launch as linear
+
+        weight, bias = layer
+        if share != 1.0:
+            weight, bias = weight.float() * share, None if bias is None else bias.float() * share
+        self.weight, self.vectors = linear.fold(weight, bias, *norm, dtype)
+        self.eps = eps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return self.weight.nbytes + self.vectors.nbytes
+
+    def normed(
+        self, rows: Tensor, known: Statistics | None, room: tuple[Tensor, Tensor] | None = None
+    ) -> Normed:
+        """The rows before it; `room` is for them, normalised, and for their statistics, unless `known`."""
+        from ..linear import triton_launch as linear
+        from .triton_launch import Normed
+
+        deferred = linear.defers(rows, self.weight)
+        if not deferred:
+            rows, found = linear.normalise(rows, self.eps, self.weight.dtype, room)
+            known = linear.Statistics(found)
+        elif known is None:
+            known = linear.Statistics(linear.statistics(rows, None if room is None else room[1]))
+        norm = linear.Norm(self.weight, self.vectors[0], self.vectors[1], known, self.eps, deferred)
+        return Normed(rows, norm)
+
+
 class PreparedBlock:
     """A block by Triton's kernels. What it keeps of the weights are copies.
 
@@ -67,30 +107,28 @@ class PreparedBlock:
         eps: tuple[float, float],
         dtype: torch.dtype,
     ) -> None:
-        from ..linear import triton_launch as linear
         from .triton_launch import layers_of
 
         layers = layers_of([None if w is None else w.detach() for w in weights.tensors()])
         norm1, qkv, proj, norm2, fc1, fc2 = layers
-        self.num_heads, self.attention_scale, self.eps, self.dtype = num_heads, attention_scale, eps, dtype
-        self.behind_norms = [
-            linear.fold(*layer, *norm, dtype) for layer, norm in ((qkv, norm1), (fc1, norm2))
-        ]
-        self.others = [
+        self.num_heads, self.attention_scale, self.dtype = num_heads, attention_scale, dtype
+        self.qkv = PreparedLayer(norm1, qkv, eps[0], dtype)
+        self.fc1 = PreparedLayer(norm2, fc1, eps[1], dtype)
+        self.proj, self.fc2 = (
             (weight.to(dtype, copy=True).contiguous(), None if bias is None else bias.float().clone())
             for weight, bias in (proj, fc2)
-        ]
+        )
 
     @property
     def hidden(self) -> int:
         """Channels within the MLP."""
-        return len(self.behind_norms[1][0])
+        return len(self.fc1.weight)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        tensors = [t for pair in (*self.behind_norms, *self.others) for t in pair if t is not None]
-        return sum(t.nbytes for t in tensors)
+        others = sum(t.nbytes for t in (*self.proj, *self.fc2) if t is not None)
+        return others + self.qkv.nbytes + self.fc1.nbytes
 
     def run(self, x: Tensor, space: Space, known: Statistics | None = None) -> Statistics | None:
         """Changes the tokens x [B, N, C], contiguous, into what the block makes of them.
@@ -100,41 +138,27 @@ class PreparedBlock:
         """
         from ..linear import triton_launch as linear
         from ..self_attention import triton_launch as attention
-        from .triton_launch import Normed
 
         batch, tokens, channels = x.shape
         rows = x.view(-1, channels)
         narrow = _view(space.narrow, batch * tokens, channels)
+        room = narrow, _view(space.sums, 1, 2, len(rows))
 
-        def normed(which: int, known: Statistics | None) -> Normed:
-            weight, vectors = self.behind_norms[which]
-            before, deferred = rows, linear.defers(rows, weight)
-            if not deferred or known is None:
-                room = _view(space.sums, 1, 2, len(rows))
-                if deferred:
-                    linear.statistics(rows, room)
-                else:
-                    before, _ = linear.normalise(rows, self.eps[which], self.dtype, (narrow, room))
-                known = linear.Statistics(room)
-            norm = linear.Norm(weight, vectors[0], vectors[1], known, self.eps[which], deferred)
-            return Normed(before, norm)
-
-        def residual(which: int, of: Tensor, leaves: bool) -> Statistics | None:
-            """In place: a tile is read and written by one program."""
-            weight, bias = self.others[which]
+        def add(of: Tensor, layer: Layer, leaves: bool) -> Statistics | None:
+            """To the rows, in place: a tile is read and written by one program."""
             left = linear.statistics_for(of, channels, space.sums) if leaves else None
             values = None if left is None else left.values
-            linear.product(of, weight, rows, bias=bias, residual=rows, left=values)
+            linear.product(of, layer[0], rows, bias=layer[1], residual=rows, left=values)
             return left
 
-        first = normed(0, known)
+        first = self.qkv.normed(rows, known, room)
         qkv = _view(space.wide, batch, tokens, 3 * channels)
         first.product(qkv.view(len(rows), -1))
         attention.forward(
             *(qkv, self.num_heads, self.attention_scale, self.dtype, False),
             into=narrow.view(batch, tokens, channels),
         )
-        left = residual(0, narrow, first.norm.deferred)
+        left = add(narrow, self.proj, first.norm.deferred)
         hidden = _view(space.wide, len(rows), self.hidden)
-        normed(1, left).product(hidden, activation="gelu")
-        return residual(1, hidden, first.norm.deferred)
+        self.fc1.normed(rows, left, room).product(hidden, activation="gelu")
+        return add(hidden, self.fc2, first.norm.deferred)
