@@ -73,6 +73,7 @@ class PackedOnGpu:
         self.device = next(model.parameters()).device
         self.logits_dtype = next(model.parameters()).dtype
         self.widths, self.in_chans, self.standardisation = model.embed_dim, model.in_chans, standardisation
+        self._named = selected()  # what is asked for now holds for as long as the model is frozen
         self._lock = threading.RLock()
         self._layers: dict[str, Layers] = {}
         self._packed: dict[str, Any] = {}  # events: they may be used on another stream
@@ -85,9 +86,9 @@ class PackedOnGpu:
             self.record(model, batch)
 
     def _why_not_triton(self, model: CrossViT) -> str | None:
-        if selected() not in ("auto", "triton"):
-            return f"the backend {selected()} is selected"
-        named = selected() == "triton"
+        if self._named not in ("auto", "triton"):
+            return f"the backend {self._named} is selected"
+        named = self._named == "triton"
         reason = reason_against_triton(model, self.dtype, named)
         if named and reason is not None:
             raise RuntimeError(f"the backend triton cannot run this frozen model: {reason}")
@@ -115,7 +116,7 @@ class PackedOnGpu:
         """Of the kinds of layers that may compute this model."""
         if self.against_triton is not None:
             return ["torch"]
-        return ["triton"] if selected() == "triton" else ["triton", "torch"]
+        return ["triton"] if self._named == "triton" else ["triton", "torch"]
 
     def _ahead(self, images: int) -> str:
         """The kind that is ahead on so many images."""

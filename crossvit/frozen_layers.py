@@ -244,6 +244,7 @@ class TritonLayers(Layers):
         from crossvit_kernels.patch_embed.triton_launch import table_of_bytes
 
         super().__init__(model, dtype, standardisation)
+        self.named = selected() == "triton"
         self.heads: list[PreparedLayer] = []
         if model.num_classes:  # each counts half
             self.heads = [
@@ -307,7 +308,7 @@ class TritonLayers(Layers):
     def fuse(self, encoder: int, tokens: Sequence[Tensor]) -> None:
         weights, heads, eps = self.fusions[encoder]
         kind = Kind("cross_fusion", self.device, self.widths, heads, self.dtype, self.dtype)
-        name = selected() if selected() == "triton" else chosen(kind, len(tokens[0]), backward=False)
+        name = "triton" if self.named else chosen(kind, len(tokens[0]), backward=False)
         if name == "torch":
             super().fuse(encoder, tokens)
             return

@@ -348,6 +348,15 @@ def test_copies_pack_for_themselves():
         assert other._frozen._weights.images_at_once == 1
 
 
+def test_the_backend_that_was_named_stays():
+    model, x = model_of(depth=((0, 1, 0),)), torch.randn(1, 3, 48, 48)
+    with on_gpu("triton") as cuda:
+        model.freeze()
+        with use_backend("auto"):
+            model(x)
+        assert "product" in names_of(cuda)
+
+
 def test_which_layers_are_taken():
     """Those of PyTorch where Triton's are not known to be ahead, or were found to be wrong."""
     model, x = model_of(depth=((1, 1, 0),)), torch.randn(2, 3, 48, 48)
