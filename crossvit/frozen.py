@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -112,16 +113,15 @@ class Frozen:
         """Images [B, in_chans, height, width] -> logits [B, num_classes], without a gradient."""
         if torch.jit.is_tracing():
             raise RuntimeError("a frozen model cannot be traced: call unfreeze() first")
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None:  # within torch.compile, nothing that is called here is to be compiled
-            return dynamo.disable(self._logits)(model, x)
-        return self._logits(model, x)
+        # Within torch.compile, nothing that is called here is to be compiled.
+        return _undisturbed()(self, model, x) if "torch._dynamo" in sys.modules else self._logits(model, x)
 
     # What torch.compiler.disable sets; that would import all of torch.compile.
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _logits(self, model: CrossViT, x: Tensor) -> Tensor:
-        recorded = frozen_gpu.is_on_gpu(model) and frozen_gpu.is_recorded()
+        may_be_recorded = not isinstance(self._weights, PackedModel) and frozen_gpu.is_on_gpu(model)
+        recorded = may_be_recorded and frozen_gpu.is_recorded()
         with self._lock:
             weights = self._weights
             if weights is None or weights.outdated(model):
@@ -138,6 +138,11 @@ class Frozen:
                 self._recorded.append(weights)
         model._check_image(x, self._levels is not None)
         return weights.run(model, x.detach())
+
+
+@cache
+def _undisturbed() -> Any:
+    return torch.compiler.disable(Frozen._logits)
 
 
 class Evaluation:
