@@ -25,6 +25,8 @@ def taken(block: Block, x: Tensor) -> BlockWeights | None:
     are what they compute. Within torch.compile "auto" leaves a block to PyTorch's operators.
     """
     name = selected()
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return None
     if name not in ("auto", "triton") or (name == "auto" and not x.is_cuda):
         return None
     if x.ndim != 3 or x.numel() == 0 or plain_operators_only() or not block.is_as_built(may_drop_paths=True):

@@ -243,6 +243,8 @@ def with_cls(patches: Tensor, position: Tensor, cls_token: Tensor) -> Tensor:
 def embeds_at_once(stem: nn.Module, image: Tensor) -> bool:
     """Whether `embedded` is to compute what this stem is for: one convolution, on a GPU."""
     name = selected()
+    if not isinstance(image, Tensor):  # a proxy of torch.fx
+        return False
     if name not in ("auto", "triton") or (name == "auto" and not image.is_cuda):
         return False
     if not is_plain(stem, PatchEmbed) or nn.modules.module._has_any_global_hook():
