@@ -485,8 +485,9 @@ FROZEN_FAULTS = tuple(
         (
             "statistics from before the fusion are used behind it",
             "crossvit/frozen_layers.py",
-            "        known = None  # the fusion has changed the CLS rows\n",
-            "        known = self.__dict__.setdefault('known', {}).get(branch)\n",
+            "            known = block.run(tokens, room, known)\n",
+            "            known = block.run(tokens, room, known or self.__dict__.get(f'known {branch}'))\n"
+            "            self.__dict__[f'known {branch}'] = known\n",
         ),
         (
             "the attention's result lies where the MLP's hidden channels do",

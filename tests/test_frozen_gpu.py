@@ -246,6 +246,8 @@ def test_streams_of_the_caller():
     model, x = model_of(depth=((1, 1, 0),)), torch.randn(2, 3, 48, 48)
     with on_gpu() as cuda:
         model.freeze()
+        with cuda.stream(cuda.Stream()):  # which knows nothing of the one that packed
+            model(x)
         for _ in range(3):
             stream = cuda.Stream()
             stream.clock.update(cuda.current.clock)  # the images are there
