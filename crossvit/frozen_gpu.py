@@ -89,6 +89,8 @@ class PackedOnGpu:
         if self._named not in ("auto", "triton"):
             return f"the backend {self._named} is selected"
         named = self._named == "triton"
+        if not named and not any(self._prefers("frozen_model", 2**i) for i in range(12)):
+            return "PyTorch's operators are ahead"  # and nothing needs to be compiled and tried
         reason = reason_against_triton(model, self.dtype, named)
         if named and reason is not None:
             raise RuntimeError(f"the backend triton cannot run this frozen model: {reason}")
@@ -123,12 +125,14 @@ class PackedOnGpu:
         names = self._names()
         if len(names) == 1:
             return names[0]
-        given = (architecture_of(self.device), "frozen_model", self.widths, images, False, self.dtype)
-        return "triton" if kernel_preference.ahead(*given) else "torch"
+        return "triton" if self._prefers("frozen_model", images) else "torch"
 
     def launches_dependently(self, images: int) -> bool:
         """Whether kernels for so many images begin before those before them have ended."""
-        given = (architecture_of(self.device), "dependent_launches", self.widths, images, False, self.dtype)
+        return self._prefers("dependent_launches", images)
+
+    def _prefers(self, what: str, images: int) -> bool:
+        given = (architecture_of(self.device), what, self.widths, images, False, self.dtype)
         return kernel_preference.ahead(*given)
 
     def _pack(self, name: str, model: CrossViT) -> Layers:

@@ -6,6 +6,7 @@ not known to be ahead, and where there is no Triton. What both launch can be rec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossvit_kernels import BlockWeights, FusionWeights, add_position, cross_fusion, patch_embed, validation
+from crossvit_kernels import BlockWeights, FusionWeights, cross_fusion, validation
 from crossvit_kernels.backends import selected
 from crossvit_kernels.cross_attention.directions import Direction, ForwardOutputs
 from crossvit_kernels.cross_attention.gpu_preference import chosen
 from crossvit_kernels.cross_attention.op import engine
+from crossvit_kernels.patch_embed import reference as patch_reference
 from crossvit_kernels.self_attention import reasons_of_triton
 from crossvit_kernels.transformer_block import reference
 from crossvit_kernels.transformer_block.prepared import PreparedBlock, PreparedLayer, Space
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 Standardisation = tuple[Sequence[float], Sequence[float]]  # mean and std
 
 
-class Layers:
+class Layers(ABC):
     """What both kinds have in common. Weights are copies in `dtype`; tokens are of it, too.
 
     A branch's tokens are [B, 1 + P, C], contiguous, and changed in place. `room` is what `room` gave.
@@ -95,8 +97,9 @@ class Layers:
         eps = cast(nn.LayerNorm, blocks[0].norm1).eps
         return found, (blocks[0].attn.num_heads, blocks[1].attn.num_heads), eps
 
+    @abstractmethod
     def _block(self, block: Block) -> Any:
-        raise NotImplementedError
+        """What computes a block."""
 
     def tensors(self) -> list[Tensor]:
         """All that is packed, but what blocks keep."""
@@ -132,7 +135,10 @@ class Layers:
         resized = None if tuple(images.shape[2:]) == seen else seen
         stem = self.stems[b]
         if len(stem) == 1:
-            self._embed_at_once(b, images, resized, position, tokens, room)
+            weight, bias, _, _ = stem[0]
+            of_bytes = self.standardisation if images.dtype == torch.uint8 else None
+            given = (images, weight, bias, position, self.cls_tokens[b], resized, *(of_bytes or (None, None)))
+            self._embed_at_once(given, tokens, room)
             return
         if images.dtype == torch.uint8:
             images = ((images.float() / 255 - self.mean) / self.std).to(self.dtype)
@@ -144,27 +150,17 @@ class Layers:
             y = F.conv2d(F.relu(y) if i else y, weight, bias, stride, padding)
         self._add_position(y.flatten(2).mT, position, self.cls_tokens[b], tokens)
 
-    def _of_bytes(self, images: Tensor) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        given = self.standardisation if images.dtype == torch.uint8 else None
-        return given or (None, None)
+    @abstractmethod
+    def _embed_at_once(self, given: tuple[Any, ...], tokens: Tensor, room: Any) -> None:
+        """From what the operators of patch_embed take."""
 
-    def _embed_at_once(
-        self,
-        b: int,
-        images: Tensor,
-        size: tuple[int, int] | None,
-        position: Tensor,
-        tokens: Tensor,
-        room: Any,
-    ) -> None:
-        raise NotImplementedError
-
+    @abstractmethod
     def _add_position(self, patches: Tensor, position: Tensor, cls_token: Tensor, tokens: Tensor) -> None:
-        raise NotImplementedError
+        """As the operation of this name, into the tokens."""
 
+    @abstractmethod
     def run_blocks(self, encoder: int, branch: int, tokens: Tensor, room: Any) -> None:
         """The transformer blocks of a branch."""
-        raise NotImplementedError
 
     def fuse(self, encoder: int, tokens: Sequence[Tensor]) -> None:
         """The fusion of the tokens of both branches: their CLS rows change."""
@@ -214,22 +210,11 @@ class TorchLayers(Layers):
         weights = [None if p is None else self._copy(p) for p in parameters_of(block)]
         return TorchBlock(weights, settings.heads, settings.scale, settings.eps)
 
-    def _embed_at_once(
-        self,
-        b: int,
-        images: Tensor,
-        size: tuple[int, int] | None,
-        position: Tensor,
-        tokens: Tensor,
-        room: Any,
-    ) -> None:
-        mean, std = self._of_bytes(images)
-        weight, bias, _, _ = self.stems[b][0]
-        options: dict[str, Any] = {"size": size, "mean": mean, "std": std, "backend": "torch"}
-        tokens.copy_(patch_embed(images, weight, bias, position, self.cls_tokens[b], **options))
+    def _embed_at_once(self, given: tuple[Any, ...], tokens: Tensor, room: Any) -> None:
+        tokens.copy_(patch_reference.patch_embed(*given))
 
     def _add_position(self, patches: Tensor, position: Tensor, cls_token: Tensor, tokens: Tensor) -> None:
-        tokens.copy_(add_position(patches, position, cls_token, backend="torch"))
+        tokens.copy_(patch_reference.add_position(patches, position, cls_token))
 
     def run_blocks(self, encoder: int, branch: int, tokens: Tensor, room: Any) -> None:
         for block in self.blocks[encoder][branch]:
@@ -265,24 +250,11 @@ class TritonLayers(Layers):
         widest = max(3 * self.widths[branch], pixels, *hidden, 0)
         return Space(images, tokens, self.widths[branch], widest, self.dtype, self.device)
 
-    def _embed_at_once(
-        self,
-        b: int,
-        images: Tensor,
-        size: tuple[int, int] | None,
-        position: Tensor,
-        tokens: Tensor,
-        room: Space,
-    ) -> None:
+    def _embed_at_once(self, given: tuple[Any, ...], tokens: Tensor, room: Space) -> None:
         from crossvit_kernels.patch_embed import triton_launch
 
-        mean, std = self._of_bytes(images)
-        weight, bias, _, _ = self.stems[b][0]
-        triton_launch.forward(
-            *(images, weight, bias, position, self.cls_tokens[b], size, mean, std),
-            into=tokens,
-            patches=room.wide,
-        )
+        arguments = (*given, tokens, room.wide)
+        triton_launch.forward(*arguments)
 
     def _add_position(self, patches: Tensor, position: Tensor, cls_token: Tensor, tokens: Tensor) -> None:
         from crossvit_kernels.patch_embed import triton_launch

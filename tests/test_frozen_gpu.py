@@ -366,12 +366,13 @@ def test_which_layers_are_taken():
     with on_gpu("auto") as cuda:
         for wrong, ahead, kind in ((None, True, "triton"), (None, False, "torch"), ("wrong", True, "torch")):
             with (
-                mock.patch.object(frozen_gpu, "reason_against_triton", return_value=wrong),
+                mock.patch.object(frozen_gpu, "reason_against_triton", return_value=wrong) as tried,
                 mock.patch.object(frozen_gpu.kernel_preference, "ahead", return_value=ahead),
                 mock.patch("crossvit.frozen_layers.chosen", return_value="triton"),
                 mock.patch("crossvit_kernels.cross_fusion.op._chosen", return_value="torch"),
             ):
                 model.freeze()
+                assert tried.called is ahead  # where they are not ahead, nothing is compiled and tried
                 cuda.log.clear()
                 torch.testing.assert_close(model(x).double(), want, rtol=1e-4, atol=1e-5)
                 assert ("product" in names_of(cuda)) is (kind == "triton")
