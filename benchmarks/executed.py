@@ -251,7 +251,7 @@ def launched_by(
         mock.patch.object(triton_driver._Utilities, "load_binary", keep),
         mock.patch.object(triton_driver.Launcher, "_run", run_some),
         mock.patch.object(launcher, "gpu_of", return_value=gpu),
-        triton_driver.interpreted(capability, races=False) as recorder,
+        triton_driver.interpreted(capability, races=False, machine_code=True) as recorder,
     ):
         call()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,8 +36,14 @@ def copy_project(root: Path, fault: Fault | None = None) -> None:
 
 
 def build(root: Path, monkeypatch: pytest.MonkeyPatch, flags: str, baseline_only: bool) -> None:
-    """The copy's native module, by the functions of its setup.py, without CUDA."""
+    """The copy's native module, by the functions of its setup.py, without CUDA.
+
+    Objects come from the cache of compilations: a fault compiles what includes the changed file.
+    """
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    launcher = [sys.executable, str(ROOT / "tests" / "compile_cache.py")]
+    compiler = os.environ.get("CXX") or "c++"
+    monkeypatch.setenv("CXX", f"{shlex.join(launcher)} {compiler}")
     names = runpy.run_path(str(root / "setup.py"))["build"].__globals__
     if baseline_only:
         names["INSTRUCTION_SETS"] = {"baseline": []}

@@ -135,6 +135,7 @@ class MBarrier:
         if self.left == 0 and self.bytes == 0:
             self.phase, self.left, self.published = self.phase + 1, self.count, self.gathered.copy()
             machine.state[machine.state == 1] = 0  # those who wait at an mbarrier try again
+            machine.limit = 0
 
 
 def _find_mbarrier(machine: Machine, lane: int, address: int, line: str) -> MBarrier:
@@ -159,9 +160,10 @@ def mbarrier(machine: Machine, ins: Instruction) -> Execute | None:
         return None
     if machine.order.full is None:
         machine.order.full = np.zeros((machine.n, machine.threads), np.uint32)
+    if waits:
+        return _wait_for_phase(machine, ins, address, value, put)
 
-    def run(mask: Mask) -> Mask:
-        retry = np.zeros(machine.n, bool)
+    def run(mask: Mask) -> None:
         addresses, values = machine.per_lane(address()), machine.per_lane(value())
         for lane in machine.lanes(mask):
             at, number = int(addresses[lane]), int(values[lane])
@@ -173,17 +175,37 @@ def mbarrier(machine: Machine, ins: Instruction) -> Execute | None:
                 del machine.mbarriers[int(machine.memory.block[lane]), at]
             elif kind == "expect_tx":
                 barrier.bytes += number
-            elif kind == "arrive":
-                _arrive(machine, barrier, int(lane), number, "expect_tx" in ins.mods, ins.line)
-            elif barrier.phase % 2 != number:
-                full = machine.order.full[lane]  # type: ignore[index]
-                np.maximum(full, barrier.published, out=full)
-                put(np.bool_(True), np.arange(machine.n) == lane)  # type: ignore[misc]
-            elif kind == "try_wait":
-                retry[lane], machine.state[lane] = True, 1
             else:
-                put(np.bool_(False), np.arange(machine.n) == lane)  # type: ignore[misc]
-        return retry if retry.any() else None
+                _arrive(machine, barrier, int(lane), number, "expect_tx" in ins.mods, ins.line)
+
+    return run
+
+
+def _wait_for_phase(machine: Machine, ins: Instruction, address: Any, value: Any, put: Any) -> Execute:
+    """try_wait and test_wait; the lanes of one mbarrier together."""
+
+    def run(mask: Mask) -> Mask:
+        lanes = machine.lanes(mask)
+        addresses, values = machine.per_lane(address())[lanes], machine.per_lane(value())[lanes]
+        blocks = machine.memory.block[lanes]
+        passed, left = np.zeros(machine.n, bool), np.zeros(machine.n, bool)
+        todo = np.ones(len(lanes), bool)
+        while todo.any():
+            first = int(todo.argmax())
+            same = (addresses == addresses[first]) & (blocks == blocks[first])
+            barrier = _find_mbarrier(machine, lanes[first], addresses[first], ins.line)
+            over = values[same] != barrier.phase % 2
+            here = lanes[same]
+            done = here[over]
+            full = machine.order.full
+            full[done] = np.maximum(full[done], barrier.published)  # type: ignore[index]
+            passed[done], left[here[~over]] = True, True
+            todo &= ~same
+        put(passed, passed | left if ins.mods[0] == "test_wait" else passed)
+        if ins.mods[0] == "test_wait" or not left.any():
+            return None
+        machine.state[left] = 1
+        return left
 
     return run
 
@@ -282,7 +304,8 @@ def _start_store(
 ) -> None:
     """targets: the global address of every element of `size` bytes, in the order of `positions`."""
     memory = machine.memory
-    started = memory.async_read_starts(positions, line, [(lane, positions)])
+    units = memory.shared_units(positions)
+    started = memory.async_read_starts(positions, units, line, [(lane, units)])
 
     def finish() -> None:
         data = memory.async_read_ends(started)

@@ -52,16 +52,19 @@ def _f32_arithmetic(machine: Machine, ins: Instruction) -> Execute | None:
     rounding = ins.has("rz", "rm", "rp")
 
     def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return round_to_f32(add_rounded_to_odd(a, b), rounding) if rounding else a + b
+        return round_to_f32(add_rounded_to_odd(a, b), rounding)
 
     def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return round_to_f32(a.astype(np.float64) * b, rounding) if rounding else a * b
+        return round_to_f32(a.astype(np.float64) * b, rounding)
+
+    def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return round_to_f32(add_rounded_to_odd(a.astype(np.float64) * b, c), rounding)
 
     function: dict[str, Callable[..., np.ndarray]] = {
-        "add": add,
-        "sub": lambda a, b: add(a, -b),
-        "mul": multiply,
-        "fma": lambda a, b, c: round_to_f32(add_rounded_to_odd(a.astype(np.float64) * b, c), rounding),
+        "add": add if rounding else np.add,
+        "sub": (lambda a, b: add(a, -b)) if rounding else np.subtract,
+        "mul": multiply if rounding else np.multiply,
+        "fma": fma if rounding else _fma_f32,
         "min": lambda a, b: _extreme(a, b, "min", mods),
         "max": lambda a, b: _extreme(a, b, "max", mods),
         "neg": np.negative,
@@ -96,10 +99,11 @@ def _f64_arithmetic(machine: Machine, ins: Instruction) -> Execute | None:
 def _extreme(a: np.ndarray, b: np.ndarray, which: str, mods: set[str]) -> np.ndarray:
     """min or max: the other operand if one is NaN (NaN with .NaN), and -0 below +0."""
     x, y = (np.abs(a), np.abs(b)) if "abs" in mods else (a, b)
-    if which == "min":
-        result = np.where(x == y, np.where(np.signbit(x), x, y), np.fmin(x, y))
-    else:
-        result = np.where(x == y, np.where(np.signbit(x), y, x), np.fmax(x, y))
+    result = np.fmin(x, y) if which == "min" else np.fmax(x, y)
+    zeros = (result == 0) & (x == y)
+    if zeros.any():
+        signed, other = (x, y) if which == "min" else (y, x)
+        result = np.where(zeros, np.where(np.signbit(x), signed, other), result)
     if "NaN" in mods:
         result = np.where(np.isnan(a) | np.isnan(b), NAN, result)
     if "xorsign" in mods:
@@ -121,6 +125,26 @@ def add_rounded_to_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     even = (np.ascontiguousarray(total).view(np.uint64) & np.uint64(1)) == 0
     inexact = (error != 0) & even & np.isfinite(total)
     return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+
+
+# A float64 between two float32 ends in these bits only where it is halfway between them, or one of them.
+_LOW_BITS = np.uint64(0x0FFFFFFF)
+
+
+def _fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c rounded once to nearest: the product is exact in float64.
+
+    Rounding the sum to float64 first does harm only where that is halfway between two float32: there the sum
+    is rounded to odd.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    suspect = (total.view(np.uint64) & _LOW_BITS) == 0
+    if np.count_nonzero(suspect):
+        c = np.broadcast_to(c, total.shape)
+        product = np.broadcast_to(product, total.shape)
+        total[suspect] = add_rounded_to_odd(product[suspect], c[suspect])
+    return total.astype(np.float32)
 
 
 def _fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ to patterns; both work on whole arrays.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ WIDTH.update(e4m3=8, e5m2=8, e4m3x2=16, e5m2x2=16)
 SMALL = {"f16": (5, 10), "bf16": (8, 7), "e4m3": (4, 3), "e5m2": (5, 2), "tf32": (8, 10)}
 
 
+@cache
 def numpy_type(type_name: str) -> Any:
     """The numpy type that holds a PTX type: bit patterns for b, packed and small types."""
     width = WIDTH[type_name]

@@ -7,22 +7,18 @@ launch to Python, with the grid, block, cluster and shared memory that the launc
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import re
-import subprocess
-import tempfile
 import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from tests import compile_cache
 
 from .formats import PtxError
 from .machine import run_kernel
@@ -43,8 +39,7 @@ _HOOK = ctypes.CFUNCTYPE(
 INVALID_VALUE, LAUNCH_FAILURE = 1, 719
 # Compute capability: shared memory per block in bytes, multiprocessors
 DEVICES = {**PROPERTIES, 100: (232448, 148), 120: (101376, 170)}
-# Processes of nvcc at a time, and seconds after which a compiled file that nobody asks for is deleted
-PROCESSES, KEEP = 2, 14 * 24 * 3600
+PROCESSES = 2  # of nvcc at a time
 _RUNTIME = Path(__file__).with_name("fake_cuda_runtime.c")
 _lock = threading.RLock()
 
@@ -70,16 +65,17 @@ def compile_library(
 ) -> Path:
     """A shared library of the launchers in CUDA sources, linked with the fake runtime."""
     objects = [x.with_suffix(".o") for x in _compiled(sources, architecture, options, headers)]
-    library = _folder() / f"lib{_hash([_RUNTIME.read_bytes(), *(o.name.encode() for o in objects)])}.so"
+    name = compile_cache.key([_RUNTIME.read_bytes(), *(o.name for o in objects)])
+    library = compile_cache.folder() / f"lib{name}.so"
 
     def link(scratch: Path) -> None:
         runtime = scratch / "runtime.o"
-        _run(["gcc", "-O1", "-fPIC", "-c", str(_RUNTIME), "-o", str(runtime)])
+        compile_cache.run(["gcc", "-O1", "-fPIC", "-c", str(_RUNTIME), "-o", str(runtime)])
         # the fake runtime's symbols must not be those of a real one in the same process
         parts = [*map(str, objects), str(runtime)]
-        _run(["g++", "-shared", "-Wl,-Bsymbolic", *parts, "-o", str(scratch / library.name)])
+        compile_cache.run(["g++", "-shared", "-Wl,-Bsymbolic", *parts, "-o", str(scratch / library.name)])
 
-    _make([library], link)
+    compile_cache.make([library], link)
     return library
 
 
@@ -87,13 +83,14 @@ def _compiled(
     sources: Sequence[Path], architecture: str, options: Sequence[str], headers: Path | None
 ) -> list[Path]:
     """For each source a path that ends in .ptx and in .o."""
-    files = sorted(p for p in headers.rglob("*.*h") if p.is_file()) if headers else []
-    common = [_nvcc_version(), architecture.encode(), *_without_folder(options, headers)]
-    common += [x for p in files for x in (*_without_folder([str(p)], headers), p.read_bytes())]
+    folders = [headers] if headers else []
+    # Copies of a folder have the same results.
+    common = [compile_cache.version("nvcc"), architecture]
+    common += [x.replace(str(headers), "") if headers else x for x in options]
 
     def one(source: Path) -> Path:
-        name = _hash([*common, *_without_folder([str(source)], headers), source.read_bytes()])
-        stem = _folder() / f"{source.stem}-{name}"
+        name = compile_cache.key([*common, *compile_cache.contents(source, folders)])
+        stem = compile_cache.folder() / f"{source.stem}-{name}"
 
         def build(scratch: Path) -> None:
             kept, target = scratch / "kept", scratch / f"{stem.name}.o"
@@ -101,60 +98,15 @@ def _compiled(
             code = f"arch={architecture},code={architecture}"
             command = ["nvcc", "-cudart", "none", "-Xcompiler", "-fPIC", "-lineinfo", "-gencode", code]
             files = ["--keep", "--keep-dir", str(kept), "-c", str(source), "-o", str(target)]
-            _run([*command, *options, *files])
+            compile_cache.run([*command, *options, *files])
             (ptx,) = kept.glob("*.ptx")
             ptx.rename(scratch / f"{stem.name}.ptx")
 
-        _make([stem.with_suffix(".ptx"), stem.with_suffix(".o")], build)
+        compile_cache.make([stem.with_suffix(".ptx"), stem.with_suffix(".o")], build)
         return stem
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         return list(pool.map(one, sources))
-
-
-def _without_folder(words: Sequence[str], folder: Path | None) -> list[bytes]:
-    """Copies of a folder have the same results."""
-    return [x.replace(str(folder), "").encode() if folder else x.encode() for x in words]
-
-
-def _make(targets: Sequence[Path], build: Any) -> None:
-    """Let `build` write files into a scratch folder, unless they are there; several processes may do so."""
-    if all(target.exists() for target in targets):
-        for target in targets:
-            os.utime(target)  # it is in use
-        return
-    with tempfile.TemporaryDirectory(dir=targets[0].parent) as scratch:
-        build(Path(scratch))
-        for target in targets:
-            os.replace(Path(scratch) / target.name, target)
-    for old in targets[0].parent.iterdir():
-        if old.is_file() and old.stat().st_mtime < time.time() - KEEP:
-            old.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "crossvit-kernels-interpreter"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:32]
-
-
-@cache
-def _nvcc_version() -> bytes:
-    return subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ place, no masks are needed. Large grids run in parts, whole clusters of blocks o
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -135,14 +138,14 @@ class Machine:
         self.memory.strict_proxy = strict_proxy
         if dependent:
             self.memory.globals.too_early = np.ones(self.n, bool)
-        self.registers = {
-            r: np.zeros(self.n, bool if t == "pred" else UINT[max(8, WIDTH[t])])
-            for r, t in self.kernel.registers.items()
-        }
+        self.registers = _registers(self.kernel.registers, self.n)
         # which threads have written a register, for the registers that not all have
-        self.incomplete = {r: np.zeros(self.n, bool) for r in self.registers} if strict_registers else {}
+        written = np.zeros((len(self.registers), self.n), bool)
+        self.incomplete = dict(zip(self.registers, written, strict=True)) if strict_registers else {}
+        self.reads: dict[tuple[str, str], Operand] = {}
         self.carry = np.zeros(self.n, np.uint64)
         self.state, self.place = np.zeros(self.n, np.int8), np.zeros(self.n, np.int32)
+        self.limit = 0  # up to where the threads that step meet no others
         self._asynchronous_state()
         self.code: dict[int, Step] = {}
         self.end = len(self.kernel.code)
@@ -195,6 +198,7 @@ class Machine:
         self.bulk_group = np.zeros(self.n, np.int64)
         self.products: list[Any] = []  # wgmma
         self.accumulators: dict[Any, Any] = {}
+        self.operands: dict[Any, Any] = {}  # of wgmma in shared memory: where they lie
         self.cluster_barriers = ClusterBarriers(self.n, self.order.of_cluster)
         self.fenced: dict[str, np.ndarray] = {}
         self.fenced_lanes = np.zeros(self.n, bool)
@@ -219,6 +223,13 @@ class Machine:
         return lambda: value
 
     def _register(self, name: str, type_name: str) -> Operand:
+        """Made once for each type that a register is read as."""
+        found = self.reads.get((name, type_name))
+        if found is None:
+            found = self.reads[name, type_name] = self._read_register(name, type_name)
+        return found
+
+    def _read_register(self, name: str, type_name: str) -> Operand:
         values, width = self.registers[name], WIDTH[type_name]
         predicate = type_name == "pred"
         if (values.dtype == bool) != predicate or (not predicate and values.itemsize * 8 < width):
@@ -237,33 +248,37 @@ class Machine:
         if operand not in self.registers:
             raise PtxError(f"unknown destination {operand}")
         target = self.registers[operand]
-        views = {"b": target}
-        if target.dtype != bool:
-            views = {k: target.view(f"{k}{target.itemsize}") for k in "ui"}
-            if target.itemsize > 1:
-                views["f"] = target.view(f"f{target.itemsize}")
+        views: dict[Any, np.ndarray] = {target.dtype: target}  # as the dtype of a result
 
         def put(values: Any, mask: Mask) -> None:
             values = np.asarray(values)
-            kind = values.dtype.kind
-            if kind not in views or (kind == "f" and values.itemsize != target.itemsize):
-                raise PtxError(f"a {values.dtype} result for register {operand}")
-            if mask is None:
-                np.copyto(views[kind], values, casting="safe")
-                self.incomplete.pop(operand, None)
-            else:
-                np.copyto(views[kind], values, where=mask, casting="safe")
-                if operand in self.incomplete:
-                    self.incomplete[operand] |= mask
+            view = views.get(values.dtype)
+            if view is None:
+                view = views[values.dtype] = _seen_as(target, values.dtype, operand)
+            np.copyto(view, values, where=True if mask is None else mask, casting="safe")
+            self.written(operand, mask)
 
         return put
 
+    def place_for(self, operand: str, type_name: str) -> np.ndarray | None:
+        """The register seen as this type, for results written in place; None where they must be extended."""
+        register = self.registers.get(operand)
+        if register is None or (register.dtype == bool) != (type_name == "pred"):
+            return None
+        if type_name == "pred":
+            return register
+        return register.view(numpy_type(type_name)) if register.itemsize * 8 == WIDTH[type_name] else None
+
+    def written(self, operand: str, mask: Mask) -> None:
+        """The lanes have written the register."""
+        if mask is None:
+            self.incomplete.pop(operand, None)
+        elif operand in self.incomplete:
+            self.incomplete[operand] |= mask
+
     def address(self, operand: str) -> Operand:
         """ "[base + offset]": a function that returns an int64 address per thread (or one for all)."""
-        match = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+?\s*(-?\w+))?\s*\]", operand)
-        if not match:
-            raise PtxError(f"unsupported address {operand}")
-        base, offset = match.group(1), int(match.group(2) or "0", 0)
+        base, offset = _base_and_offset(operand)
         wide = "u64" if base not in self.registers or self.registers[base].itemsize == 8 else "u32"
         get = self.read(base, wide)
         return lambda: get().astype(np.int64) + offset
@@ -284,13 +299,7 @@ class Machine:
         control = built if isinstance(built, Control) else None
         run = (lambda mask: None) if control else built
         guard = self.read(ins.guard, "pred")() if ins.guard else None
-        writes = (
-            bool(ins.args) and ins.args[0][0] != "[" and ins.op not in ("st", "bra", "brx", "bar", "barrier")
-        )
-        sources, targets = (
-            [x for arg in part for x in re.findall(r"[%$\w]+", arg) if x in self.registers]
-            for part in (ins.args[2 if ins.op == "shfl" else writes :], ins.args[:writes])
-        )
+        sources, targets = ins.operands(self.kernel.registers)
         guard_name, uses = ins.guard or "", not _passes_on(ins.op)
         merges = ins.op in MERGES
         return Step(guard, ins.negated, run, control, ins.line, guard_name, sources, targets, uses, merges)
@@ -338,6 +347,7 @@ class Machine:
     def wake_cluster(self, threads: np.ndarray) -> None:
         """Those of the threads that wait at a cluster barrier try again."""
         self.state[threads & (self.state == AT_CLUSTER)] = RUNNING
+        self.limit = 0
 
     def _deadlock(self) -> PtxError:
         waiting = np.flatnonzero(self.place < self.end)
@@ -355,7 +365,10 @@ class Machine:
         return PtxError("deadlock: " + "; ".join(words))
 
     def _pick(self, furthest: bool) -> tuple[int, np.ndarray] | None:
-        """The place and the threads that step next; None at the end."""
+        """The place and the threads that step next; None at the end.
+
+        They are the lowest, or those furthest down, and may go on to `limit` without looking at the others.
+        """
         from .asynchronous import deliver
 
         while True:
@@ -363,8 +376,11 @@ class Machine:
             if runs.any():
                 places = self.place[runs]
                 current = int(places.max() if furthest else places.min())
-                mask = (self.place == current) & ((self.state == RUNNING) | (self.state == AT_WARP))
+                ready = (self.state == RUNNING) | (self.state == AT_WARP)
+                mask = (self.place == current) & ready
                 self.state[mask] = RUNNING
+                further = ready & (self.place > current)
+                self.limit = 0 if furthest else int(self.place.min(where=further, initial=self.end))
                 return current, mask
             if self._open_barriers():
                 continue
@@ -391,6 +407,7 @@ class Machine:
     def _run(self) -> None:
         uniform, current, apart = True, 0, 0
         mask: Mask = None
+        moved = False  # the threads in `mask` have left `current`, which `place` does not say yet
         while True:
             if uniform:
                 if current >= self.end:
@@ -398,12 +415,19 @@ class Machine:
                 mask = None
             else:
                 apart += 1
-                picked = self._pick(apart % (PATIENCE + TURN) >= PATIENCE)
-                if picked is None:
-                    return
-                current, mask = picked
-                if mask.all():
-                    uniform, apart, mask = True, 0, None
+                furthest = apart % (PATIENCE + TURN) >= PATIENCE
+                if moved and current + 1 < self.limit and not furthest:
+                    current += 1
+                else:
+                    if moved:
+                        self.place[mask] = current + 1
+                    picked = self._pick(furthest)
+                    if picked is None:
+                        return
+                    current, mask = picked
+                    if mask.all():
+                        uniform, apart, mask = True, 0, None
+                moved = False
             step = self.code.get(current) or self._make_ready(current)
             self.steps += 1
             if self.steps > self.max_steps:
@@ -420,16 +444,14 @@ class Machine:
             if undefined is not None:
                 for name in step.targets:
                     self.incomplete.setdefault(name, np.ones(self.n, bool))[undefined] = False
-            if retry is None and uniform:
-                current += 1
+            if retry is None:
+                moved, current = not uniform, current + uniform
                 continue
             here = np.ones(self.n, bool) if mask is None else mask
-            if uniform:
-                self.place[:] = current
-                uniform = False
-            self.place[here if retry is None else here & ~retry] = current + 1
-            if retry is not None:
-                self.state[retry & (self.state == RUNNING)] = AT_WARP
+            uniform = False
+            self.place[here] = current
+            self.place[here & ~retry] = current + 1
+            self.state[retry & (self.state == RUNNING)] = AT_WARP
 
     def _active(self, step: Step, mask: Mask) -> Mask:
         """The lanes for which the guard of the step holds."""
@@ -485,6 +507,30 @@ class Machine:
         return False, current
 
 
+def _registers(types: Mapping[str, str], threads: int) -> dict[str, np.ndarray]:
+    """The value of each register in each thread: one allocation for each width."""
+    dtypes = {name: np.dtype(bool if t == "pred" else UINT[max(8, WIDTH[t])]) for name, t in types.items()}
+    rows = {dtype: iter(np.zeros((count, threads), dtype)) for dtype, count in Counter(dtypes.values()).items()}
+    return {name: next(rows[dtype]) for name, dtype in dtypes.items()}
+
+
+def _seen_as(register: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A register as its own width of the kind of a result: integers may be narrower, floats may not."""
+    fits = (dtype.kind == "b") == (register.dtype == bool) and dtype.kind in "buif"
+    if not fits or (dtype.kind == "f" and dtype.itemsize != register.itemsize):
+        raise PtxError(f"a {dtype} result for register {name}")
+    return register if dtype.kind == "b" else register.view(f"{dtype.kind}{register.itemsize}")
+
+
+@cache
+def _base_and_offset(operand: str) -> tuple[str, int]:
+    match = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+?\s*(-?\w+))?\s*\]", operand)
+    if not match:
+        raise PtxError(f"unsupported address {operand}")
+    return match.group(1), int(match.group(2) or "0", 0)
+
+
+@cache
 def _passes_on(op: str) -> bool:
     """Whether an instruction computes from an undefined register just another undefined register."""
     return OPCODES[op][0].__module__ in (scalar.__name__, floating.__name__) or op == "cvta"
@@ -552,9 +598,14 @@ def orders_blocks(kernel: Kernel) -> bool:
 
 def constant(operand: str, type_name: str, symbols: dict[str, int]) -> np.ndarray:
     """The value of a literal or of the name of a variable, which is its address."""
-    width = WIDTH[type_name]
     if operand in symbols:
         return np.array([symbols[operand]]).astype(numpy_type(type_name))
+    return _literal(operand, type_name)
+
+
+@lru_cache(maxsize=10_000)
+def _literal(operand: str, type_name: str) -> np.ndarray:
+    width = WIDTH[type_name]
     if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", operand):
         bits = {"f": 32, "d": 64}[match.group(1).lower()]
         if bits != width:
@@ -678,9 +729,18 @@ def run_kernel(
 
 
 def _run_part(launch: Launch, blocks: range, options: dict[str, Any]) -> int:
-    machine = Machine(launch, blocks, **options)
+    collects = gc.isenabled()
+    gc.disable()  # it would look at thousands of steps again and again, and find nothing
     try:
-        machine.run()
+        machine = Machine(launch, blocks, **options)
+        try:
+            machine.run()
+        finally:
+            # The steps refer to the machine: free its arrays now, not at some collection.
+            machine.code.clear()
+            machine.reads.clear()
+            machine.operands.clear()
     finally:
-        machine.code.clear()  # the steps refer to the machine: free its arrays now, not at some collection
+        if collects:
+            gc.enable()
     return machine.steps

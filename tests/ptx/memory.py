@@ -12,6 +12,7 @@ a granule as wide as the narrowest access of the kernel.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -480,16 +481,21 @@ class Memories:
 
     def shared_units(self, positions: np.ndarray) -> np.ndarray:
         """The granules of byte positions, each once."""
-        return np.unique(positions // self.shared.granule)
+        touched = np.zeros(len(self.shared.data) // self.shared.granule, bool)
+        touched[positions // self.shared.granule] = True
+        return np.flatnonzero(touched)
 
     def async_read_starts(
-        self, positions: np.ndarray, line: str, readers: list[tuple[int, np.ndarray]]
+        self,
+        positions: np.ndarray,
+        units: np.ndarray,
+        line: str,
+        readers: Sequence[tuple[int, np.ndarray]],
     ) -> Any:
         """The asynchronous proxy will read shared memory any time from now on.
 
-        readers: (thread that waits for it, positions that it reads). Returns what `async_read_ends` needs.
+        readers: (thread that waits for it, granules that it reads). Returns what `async_read_ends` needs.
         """
-        units = self.shared_units(positions)
         if not self.shared.ready[units].all():  # type: ignore[index]
             raise PtxError(f"read of uninitialised shared memory: {line}")
         if self.strict_proxy and (self.unfenced[units] >= 0).any():
@@ -497,7 +503,6 @@ class Memories:
         shadow = self.shared.shadow
         if shadow is None:
             return positions, units, line, readers, self.shared.data[positions]
-        readers = [(lane, self.shared_units(part)) for lane, part in readers]
         for lane, part in readers:
             shadow.read(part[None], np.array([lane]), line)
         return positions, units, line, readers, (shadow.who[0][units], shadow.when[0][units])

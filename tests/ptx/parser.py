@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .formats import WIDTH, PtxError
+
+
+WORD = re.compile(r"[%$\w]+")
+WRITES_NOTHING = ("st", "bra", "brx", "bar", "barrier")
 
 
 @dataclass(slots=True)
@@ -21,10 +26,23 @@ class Instruction:
     guard: str | None = None  # predicate register
     negated: bool = False
     used: int | None = None  # bytes of a load that are used at all (.pragma "used_bytes_mask")
+    flow: tuple[list[str], list[str]] | None = None  # see `operands`
 
     def has(self, *mods: str) -> str | None:
         """The first of the given modifiers that the instruction carries."""
-        return next((m for m in mods if m in self.mods), None)
+        for mod in mods:
+            if mod in self.mods:
+                return mod
+        return None
+
+    def operands(self, registers: Mapping[str, str]) -> tuple[list[str], list[str]]:
+        """The registers that it reads and those that it writes; found once."""
+        if self.flow is None:
+            writes = bool(self.args) and self.args[0][0] != "[" and self.op not in WRITES_NOTHING
+            parts = self.args[2 if self.op == "shfl" else writes :], self.args[:writes]
+            found = ([x for arg in part for x in WORD.findall(arg) if x in registers] for part in parts)
+            self.flow = next(found), next(found)
+        return self.flow
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .formats import SINT, UINT, WIDTH, decode, flush, numpy_type
-from .opcodes import Execute, Mask, opcode
+from .opcodes import Execute, Mask, Operand, opcode
 from .parser import Instruction, vector
 
 if TYPE_CHECKING:
@@ -28,10 +28,30 @@ def simple(
     types = types or [ins.types[-1]] * (len(ins.args) - 1)
     sources = [machine.read(arg, t) for arg, t in zip(ins.args[1:], types, strict=True)]
     put = machine.write(ins.args[0])
+    if isinstance(function, np.ufunc) and set(types) == {ins.types[-1]}:
+        target = machine.place_for(ins.args[0], types[0])
+        if target is not None:
+            return _in_place(machine, function, sources, ins.args[0], target)
     if len(sources) == 2:
         first, second = sources
         return lambda mask: put(function(first(), second()), mask)
     return lambda mask: put(function(*[s() for s in sources]), mask)
+
+
+def _in_place(
+    machine: Machine, function: np.ufunc, sources: Sequence[Operand], name: str, target: np.ndarray
+) -> Execute:
+    """Writes what an elementwise function returns straight to the register."""
+
+    def run(mask: Mask) -> None:
+        values = [source() for source in sources]
+        if mask is None:
+            function(*values, out=target)
+        else:
+            np.copyto(target, function(*values), where=mask)
+        machine.written(name, mask)
+
+    return run
 
 
 @opcode("mov", "", ANY + " pred")

@@ -96,84 +96,84 @@ def transpose_matrix(machine: Machine, ins: Instruction) -> Execute | None:
 # ---- fragments: which element of a matrix a register of a lane holds ----
 
 
-Place = tuple[int, int, np.ndarray, np.ndarray]  # register, element in it, row and column of each lane
+Places = tuple[np.ndarray, np.ndarray]  # rows and columns: [registers, elements of a register, lanes]
+Lanes = np.ndarray | slice
 
 
 @lru_cache
-def operand_places(type_name: str, registers: int, left: bool) -> list[Place]:
+def operand_places(type_name: str, registers: int, left: bool) -> Places:
     """The places of a left or right operand."""
-    per_register, places = 32 // WIDTH[type_name], []
-    for r in range(registers):
-        for e in range(per_register):
-            row = GROUP + (8 * (r & 1) if left else 0)
-            column = QUAD * per_register + e + 4 * per_register * (r >> 1 if left else r)
-            places.append((r, e, row, column))
-    return places
+    per_register = 32 // WIDTH[type_name]
+    r, e = np.arange(registers)[:, None, None], np.arange(per_register)[:, None]
+    row = GROUP + (8 * (r & 1) if left else 0 * r) + 0 * e
+    return row, QUAD * per_register + e + 4 * per_register * (r >> 1 if left else r)
 
 
 @lru_cache
-def result_places(type_name: str, registers: int) -> list[Place]:
+def result_places(type_name: str, registers: int) -> Places:
     """The places of an accumulator: 16 rows, eight columns for every four values."""
-    per_register, places = 2 if type_name == "f16" else 1, []
-    for i in range(registers * per_register):
-        row, column = GROUP + 8 * (i >> 1 & 1), 2 * QUAD + (i & 1) + 8 * (i >> 2)
-        places.append((i // per_register, i % per_register, row, column))
-    return places
+    per_register = 2 if type_name == "f16" else 1
+    i = np.arange(registers * per_register).reshape(registers, per_register, 1)
+    return GROUP + 8 * (i >> 1 & 1), 2 * QUAD + (i & 1) + 8 * (i >> 2)
+
+
+def _stacked(machine: Machine, registers: Sequence[Operand], lanes: Lanes) -> np.ndarray:
+    """The patterns of some registers: [registers, lanes]."""
+    return np.stack([machine.per_lane(r())[lanes] for r in registers])
 
 
 def gather_operand(
     machine: Machine,
     registers: Sequence[Operand],
     type_name: str,
-    lanes: np.ndarray,
+    lanes: Lanes,
     shape: tuple[int, int],
     left: bool,
 ) -> np.ndarray:
     """The operand of every warp: [warps, *shape] float64."""
-    out = np.zeros((len(lanes) // 32, *shape))
-    values = [
-        elements(machine.per_lane(r())[lanes], type_name).reshape(-1, 32, 32 // WIDTH[type_name])
-        for r in registers
-    ]
-    for r, e, row, column in operand_places(type_name, len(registers), left):
-        out[:, row, column] = values[r][:, :, e]
+    bits = _stacked(machine, registers, lanes)
+    values = elements(bits, type_name).reshape(len(registers), -1, 32, 32 // WIDTH[type_name])
+    out = np.zeros((values.shape[1], *shape))
+    out[(slice(None), *operand_places(type_name, len(registers), left))] = values.transpose(1, 0, 3, 2)
     return out
 
 
 def gather_result(
-    machine: Machine, registers: Sequence[Operand], type_name: str, lanes: np.ndarray, columns: int
+    machine: Machine, registers: Sequence[Operand], type_name: str, lanes: Lanes, columns: int
 ) -> np.ndarray:
-    out = np.zeros((len(lanes) // 32, 16, columns))
-    for r, e, row, column in result_places(type_name, len(registers)):
-        bits = np.ascontiguousarray(machine.per_lane(registers[r]())[lanes])
-        if type_name == "f16":
-            values = elements(bits, "f16")[:, e]
-        else:
-            values = bits.view(np.int32 if type_name == "s32" else np.float32)
-        out[:, row, column] = values.reshape(-1, 32)
+    bits = _stacked(machine, registers, lanes)
+    if type_name == "f16":
+        values = elements(bits, "f16")
+    else:
+        values = bits.view(np.int32 if type_name == "s32" else np.float32)
+    values = values.reshape(len(registers), -1, 32, 2 if type_name == "f16" else 1)
+    out = np.zeros((values.shape[1], 16, columns))
+    out[(slice(None), *result_places(type_name, len(registers)))] = values.transpose(1, 0, 3, 2)
     return out
 
 
 def scatter_result(
     puts: Sequence[Callable[[Any, Mask], None]],
     type_name: str,
-    lanes: np.ndarray,
+    lanes: Lanes,
     values: np.ndarray,
     mask: Mask,
     threads: int,
 ) -> None:
     """values [warps, 16, columns] to the result registers."""
-    out = [np.zeros(threads, np.uint32) for _ in puts]
-    for r, e, row, column in result_places(type_name, len(puts)):
-        part = values[:, row, column].reshape(-1)
-        if type_name == "f16":
-            out[r][lanes] |= encode(part, "f16").astype(np.uint32) << np.uint32(16 * e)
-        elif type_name == "s32":
-            out[r][lanes] = part.astype(np.int64).astype(np.int32).view(np.uint32)
-        else:
-            out[r][lanes] = part.astype(np.float32).view(np.uint32)
-    for put, bits in zip(puts, out, strict=True):
-        put(bits, mask)
+    numbers = values[(slice(None), *result_places(type_name, len(puts)))].transpose(1, 0, 3, 2)
+    if type_name == "f16":
+        bits = np.ascontiguousarray(encode(numbers, "f16")).view(np.uint32)
+    elif type_name == "s32":
+        bits = numbers.astype(np.int64).astype(np.int32).view(np.uint32)
+    else:
+        bits = numbers.astype(np.float32).view(np.uint32)
+    bits = bits.reshape(len(puts), -1)
+    if mask is not None:
+        bits, part = np.zeros((len(puts), threads), np.uint32), bits
+        bits[:, lanes] = part
+    for put, column in zip(puts, bits, strict=True):
+        put(column, mask)
 
 
 # ---- mma.sync ----
@@ -296,6 +296,7 @@ def _wait_for_products(machine: Machine, mask: Mask, keep: int) -> None:
     _finish(machine, warpgroups, keep)
 
 
+@lru_cache(maxsize=256)
 def _matrix_addresses(
     descriptor: int, rows: int, depth: int, size: int, transposed: bool, line: str
 ) -> np.ndarray:
@@ -323,10 +324,18 @@ def _shared_matrix(
 ) -> Callable[[], np.ndarray]:
     """A function that reads an operand in shared memory when the product completes."""
     size, (rows, depth) = WIDTH[type_name] // 8, addresses.shape
-    positions = machine.memory.shared_positions(addresses.reshape(-1), size, lane, line).reshape(rows, -1)
-    # each of the four warps reads sixteen rows of the left operand, and all of the right one
-    readers = [(lane + 32 * w, positions[16 * w : 16 * w + 16] if left else positions) for w in range(4)]
-    started = machine.memory.async_read_starts(positions, line, readers)
+    memory = machine.memory
+    # `addresses` are made once for each descriptor, and remain in memory as long as the machine knows them.
+    key = id(addresses), lane, left
+    if key not in machine.operands:
+        positions = memory.shared_positions(addresses.reshape(-1), size, lane, line).reshape(rows, -1)
+        units = memory.shared_units(positions)
+        # each of the four warps reads sixteen rows of the left operand, and all of the right one
+        parts = [memory.shared_units(x) for x in positions.reshape(4, 16, -1)] if left else [units] * 4
+        readers = [(lane + 32 * w, part) for w, part in enumerate(parts)]
+        machine.operands[key] = addresses, positions, units, readers
+    _, positions, units, readers = machine.operands[key]
+    started = memory.async_read_starts(positions, units, line, readers)
 
     def get() -> np.ndarray:
         data = np.ascontiguousarray(machine.memory.async_read_ends(started)).reshape(-1)
@@ -397,7 +406,7 @@ def _start_products(machine: Machine, ins: Instruction) -> Execute | None:
 
     def run(mask: Mask) -> None:
         for start in np.unique(machine.lanes(mask) // 128 * 128).tolist():
-            lanes = np.arange(start, start + 128)
+            lanes = slice(start, start + 128)
             if mask is not None and not mask[lanes].all():
                 raise PtxError(f"wgmma needs a converged warpgroup: {ins.line}")
             _claim_accumulator(machine, form, lanes, ins.line)
@@ -419,11 +428,11 @@ def _start_products(machine: Machine, ins: Instruction) -> Execute | None:
     return run
 
 
-def _claim_accumulator(machine: Machine, form: ProductForm, lanes: np.ndarray, line: str) -> None:
+def _claim_accumulator(machine: Machine, form: ProductForm, lanes: slice, line: str) -> None:
     """Check the registers of a product and make its accumulators unreadable until it is waited for."""
     if not machine.fenced_lanes[lanes].all():
         raise PtxError(f"wgmma without wgmma.fence: {line}")
-    key = int(lanes[0]), form.registers[0]
+    key = lanes.start, form.registers[0]
     accumulator = machine.accumulators.get(key)
     for name in ([] if accumulator else form.registers) + (form.left_registers or []):
         if (machine.fenced[name][lanes] != machine.registers[name][lanes]).any():
@@ -440,7 +449,7 @@ def _claim_accumulator(machine: Machine, form: ProductForm, lanes: np.ndarray, l
 
 
 def _left_in_registers(
-    machine: Machine, form: ProductForm, lanes: np.ndarray, line: str
+    machine: Machine, form: ProductForm, lanes: slice, line: str
 ) -> Callable[[], np.ndarray]:
     names = form.left_registers or []
     sources = [machine.read(r, "b32") for r in names]
@@ -477,7 +486,7 @@ def _finish(machine: Machine, warpgroups: set[int], keep: int) -> None:
 def _publish(machine: Machine, key: tuple[int, str]) -> None:
     """Give accumulator registers their value."""
     accumulator, start = machine.accumulators.pop(key), key[0]
-    lanes = np.arange(start, start + 128)
+    lanes = slice(start, start + 128)
     mask = np.zeros(machine.n, bool)
     mask[lanes] = True
     puts = [machine.write(r) for r in accumulator.registers]

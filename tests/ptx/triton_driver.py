@@ -12,7 +12,6 @@ copied.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tests import compile_cache
 
 from .asynchronous import TensorMap
 from .formats import PtxError
@@ -44,7 +45,8 @@ POINTER_BYTES = {"bf16": 2, "fp8e5": 1, "fp8e4nv": 1, "fp8e4b8": 1, "fp8e4b15": 
 FAR = 2**28
 
 _lock = threading.RLock()
-_device_numbers = itertools.count(1)
+# Triton keeps compiled kernels by device: one for each capability, which all contexts share.
+_DEVICES = {capability: number for number, capability in enumerate(PROPERTIES, 1)}
 
 
 @dataclass
@@ -69,8 +71,12 @@ class Recorder:
     rewrite: Rewrite | None
     options: dict[str, Any]
     launches: list[Launch] = field(default_factory=list)
-    compilations: int = 0  # variants that were compiled, or taken from Triton's cache on disk
     _registered: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def compilations(self) -> int:
+        """How many variants of kernels were launched, each compiled here or before."""
+        return len({launch.hash for launch in self.launches})
 
     def register(self, *tensors: torch.Tensor) -> None:
         """Let kernels touch tensors that are not arguments, for kernels that read addresses from memory."""
@@ -214,7 +220,9 @@ class Launcher:
             exit_hook(launch_metadata)
 
     def _run(self, grid: tuple[int, int, int], kernel: LoadedKernel, arguments: Sequence[Any]) -> None:
-        recorder, module = _active_recorder(), parse(kernel.ptx)
+        recorder = _active_recorder()
+        ptx = recorder.rewrite(kernel.name, kernel.ptx) if recorder.rewrite else kernel.ptx
+        module = parse(ptx)
         entry = module.kernels[kernel.name]
         memory = GlobalMemory()
         for tensor in recorder._registered:
@@ -245,7 +253,7 @@ class Launcher:
             place = f"kernel {kernel.name}, grid {grid}, compute capability {recorder.capability}"
             raise PtxError(f"{error} ({place})") from error
         launch = Launch(
-            *(kernel.name, grid, self.metadata.num_warps, shared, kernel.hash, steps, kernel.ptx, dependent)
+            *(kernel.name, grid, self.metadata.num_warps, shared, kernel.hash, steps, ptx, dependent)
         )
         recorder.launches.append(launch)
 
@@ -271,19 +279,15 @@ class _Utilities:
 
     def start_loading(self, module: Any, function: Any, name: str, metadata_group: Any, hash: str) -> None:
         """Triton's hook before a kernel is loaded: remember its PTX."""
-        path = next(p for file, p in metadata_group.items() if file.endswith(".ptx"))
-        ptx = Path(path).read_text()
-        self._loading.kernel = LoadedKernel(name, hash, ptx)
+        path = Path(next(p for file, p in metadata_group.items() if file.endswith(".ptx")))
+        os.utime(path.parent)  # it is in use
+        self._loading.kernel = LoadedKernel(name, hash, path.read_text())
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
     ) -> tuple[object, LoadedKernel, int, int, int]:
         """(module, function, registers, spills, threads per block)."""
-        kernel: LoadedKernel = self._loading.kernel
-        if self._recorder.rewrite:
-            kernel.ptx = self._recorder.rewrite(name, kernel.ptx)
-        self._recorder.compilations += 1
-        return object(), kernel, 0, 0, 1024
+        return object(), self._loading.kernel, 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         """Nothing is held."""
@@ -309,8 +313,7 @@ class InterpreterDriver:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.utils = _Utilities(recorder)
-        # Triton keeps compiled kernels by device: a number of its own lets every context count from zero.
-        self._device = next(_device_numbers)
+        self._device = _DEVICES[recorder.capability]
 
     @classmethod
     def is_active(cls) -> bool:
@@ -358,14 +361,27 @@ def _active_recorder() -> Recorder:
     return active.recorder
 
 
+def _no_machine_code(*stages: Any) -> tuple[str, str] | None:
+    """Triton's hook: the interpreter needs no more than PTX, so ptxas does not run."""
+    if not stages:
+        return "PTX alone", "PTX alone"
+    stages[1]["cubin"] = lambda source, metadata: b""
+    return None
+
+
 @contextmanager
 def interpreted(
-    capability: int = 80, rewrite: Rewrite | None = None, races: bool = True, **options: Any
+    capability: int = 80,
+    rewrite: Rewrite | None = None,
+    races: bool = True,
+    machine_code: bool = False,
+    **options: Any,
 ) -> Iterator[Recorder]:
     """Run Triton's launches on the interpreter, compiled for a compute capability (80, 86, 89 or 90).
 
-    rewrite: a function (kernel name, PTX) that returns the PTX to execute. Other options are those of
-    `Machine`.
+    rewrite: a function (kernel name, PTX) that returns the PTX to execute; machine_code: compile that too,
+    for whoever reads it. Other options are those of `Machine`. What is compiled is kept with what else the
+    tests compile.
     """
     import triton
     from triton import knobs
@@ -384,7 +400,11 @@ def interpreted(
     knobs.runtime.kernel_load_start_hook.add(ours.utils.start_loading)
     driver.set_active(ours)
     try:
-        yield recorder
+        with knobs.cache.scope(), knobs.runtime.scope():
+            knobs.cache.dir = str(compile_cache.folder("triton"))
+            if not machine_code:
+                knobs.runtime.add_stages_inspection_hook = _no_machine_code
+            yield recorder
     finally:
         driver.set_active(previous)
         knobs.runtime.kernel_load_start_hook.remove(ours.utils.start_loading)

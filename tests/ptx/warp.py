@@ -66,7 +66,7 @@ def shuffle(machine: Machine, ins: Instruction) -> Execute | None:
     distance, clamp = (machine.read(a, "u32") for a in ins.args[2:4])
     if kind is None or "sync" not in ins.mods:
         return None
-    lane = np.arange(32)
+    lane, first_of_warp = np.arange(32), np.arange(0, machine.n, 32)[:, None]
 
     def run(mask: Mask) -> None:
         d, c = (machine.per_warp(x()).astype(np.int64) for x in (distance, clamp))
@@ -79,16 +79,14 @@ def shuffle(machine: Machine, ins: Instruction) -> Execute | None:
             source = {"up": lane - d, "down": lane + d, "bfly": lane ^ d}[kind]
         inside = source >= top if kind == "up" else source <= top
         source = np.where(inside, source, lane)
+        threads = (source + first_of_warp).reshape(-1)
         if mask is not None:
-            read = np.take_along_axis(mask.reshape(-1, 32), source, 1).reshape(-1)
-            if not read[mask].all():
+            if not mask[threads][mask].all():
                 raise PtxError("shuffle reads an inactive lane")
         known = None
         if ins.args[1] in machine.incomplete:
-            known = np.take_along_axis(machine.per_warp(machine.incomplete[ins.args[1]]), source, 1).reshape(
-                -1
-            )
-        puts[0](np.take_along_axis(machine.per_warp(value()), source, 1).reshape(-1), mask)
+            known = machine.incomplete[ins.args[1]][threads]
+        puts[0](machine.per_lane(value())[threads], mask)
         if known is not None:  # what comes from a lane that never wrote the register is undefined too
             result = machine.incomplete.setdefault(ins.args[0].split("|")[0], np.ones(machine.n, bool))
             result[machine.lanes(mask)] = known[machine.lanes(mask)]
