@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,31 +13,55 @@ import pytest
 import torch
 
 from crossvit._timm import import_timm
+from tests import compile_cache, tiers
 from tests.contract import Subject
 
 import_timm()
 
 
+def _workers() -> int:
+    return int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", metavar="I/N", help="of the tests marked interpreted, the I-th part of N")
+    parser.addoption("--shard", metavar="I/N", default="0/1", help="of what is selected, the I-th part of N")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the contract of interpreted kernels, and takes a part of it; parts mix all tests."""
-    part, parts = map(int, (config.getoption("--part") or "0/1").split("/"))
-    kept, dropped = [], []
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is drawn, before pytest selects by markers."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         subject = callspec.params.get("subject") if callspec else None
         if isinstance(subject, Subject) and subject.interpreted:
-            item.add_marker(pytest.mark.interpreted)
-        mine = item.get_closest_marker("interpreted") is None or zlib.crc32(item.nodeid.encode()) % parts == (
-            part % parts
-        )
-        (kept if mine else dropped).append(item)
-    items[:] = kept
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
+            item.add_marker(pytest.mark.sweep)
+        if item.get_closest_marker("sweep"):
+            item.add_marker(pytest.mark.drawn)
+    tiers.mark_drawn(items)
+
+
+class _Selection:
+    """Draws a shard of what pytest selected, and orders it."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        part, parts = map(int, config.getoption("--shard").split("/"))
+        kept = tiers.shard(items, part, parts)
+        if len(kept) < len(items):
+            config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = tiers.longest_first(kept, _workers()) if "PYTEST_XDIST_WORKER" in os.environ else kept
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Selection())
+    if not hasattr(config, "workerinput"):
+        compile_cache.prune()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: collections need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +72,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     """Workers share the cores: with a full pool each, they would wait for one another."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers()))
 
 
 @pytest.fixture

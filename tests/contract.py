@@ -34,6 +34,11 @@ class Subject:
     backend: str
     target: str = "auto"
 
+    @property
+    def axes(self) -> tuple[str, str, str]:
+        """What varies by itself."""
+        return self.operation.name, self.backend, self.target
+
     def __str__(self) -> str:
         return "-".join(
             (self.operation.name, self.backend, *([self.target] if self.target != "auto" else []))

@@ -15,6 +15,7 @@ import pytest
 import setuptools
 
 from crossvit_kernels import native
+from tests import pytest_server
 from tests.seeded_faults import Fault
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,11 @@ def build(root: Path, monkeypatch: pytest.MonkeyPatch, flags: str, baseline_only
 
 
 def run_tests(root: Path, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-    """pytest in the copy."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
-    return subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=1800)
+    """pytest in the copy, until the first failure."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
+    variables = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+    variables |= {"PYTHONPATH": str(root), **environment}
+    if "LD_PRELOAD" in environment:  # libraries that a process must load first
+        command = [sys.executable, "-m", "pytest", *options]
+        return subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=1800)
+    return pytest_server.run(root, options, variables)

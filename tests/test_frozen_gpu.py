@@ -46,8 +46,8 @@ def names_of(cuda: FakeCuda) -> list[str]:
     [
         ("sm_80", torch.float32),
         ("sm_90", torch.bfloat16),
-        pytest.param("sm_90", torch.float16, marks=pytest.mark.interpreted),
-        pytest.param("sm_80", torch.bfloat16, marks=pytest.mark.interpreted),
+        pytest.param("sm_90", torch.float16, marks=pytest.mark.sweep),
+        pytest.param("sm_80", torch.bfloat16, marks=pytest.mark.sweep),
     ],
     ids=str,
 )

@@ -352,7 +352,7 @@ def collecting_executed(kernel: str) -> Iterator[set[tuple[str, int]]]:
         yield found
 
 
-@pytest.mark.interpreted
+@pytest.mark.sweep
 @of_gpu
 @pytest.mark.parametrize("kernel", ["attend", "attend_backward"])
 @targets

@@ -17,7 +17,7 @@ from tests.contract import STORED, check_values, without_a_gpu
 from tests.operations import leaves
 
 # What every run takes; `make test-interpreted` draws from the rest, whose calls take seconds.
-targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.interpreted)])
+targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (B, N, H, d): tokens beside whole tiles and tails of 16, 32 and 64, a single token; head widths that fill
 # their tile and that do not; one head and several.
 SIZES = (
@@ -29,7 +29,7 @@ FAST = (
     *(("sm_80", torch.float16, SIZES[2]), ("sm_90", torch.bfloat16, SIZES[3])),
 )
 CASES = [
-    case if case in FAST else pytest.param(*case, marks=pytest.mark.interpreted)
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.sweep)
     for case in itertools.product(("sm_80", "sm_90"), STORED, SIZES)
 ]
 

@@ -21,7 +21,7 @@ from tests.contract import STORED, check_values
 from tests.test_triton_linear import on, saved_by
 
 NAMES = ("x", *BlockWeights.__dataclass_fields__)
-targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.interpreted)])
+targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (B, N, C, H, hidden): nothing that fills a tile; several tiles, and a last one of half a width; one token.
 SIZES = ((2, 19, 48, 3, 72), (1, 133, 64, 2, 192), (3, 1, 32, 1, 40))
 FAST = (
@@ -29,7 +29,7 @@ FAST = (
     *(("sm_90", torch.bfloat16, SIZES[1], True), ("sm_90", torch.float16, SIZES[2], False)),
 )
 CASES = [
-    case if case in FAST else pytest.param(*case, marks=pytest.mark.interpreted)
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.sweep)
     for case in itertools.product(("sm_80", "sm_90"), STORED, SIZES, (False, True))
 ]
 

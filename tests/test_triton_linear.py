@@ -25,7 +25,7 @@ from tests.contract import STORED, check_values, without_a_gpu
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 
 # What every run takes; `make test-interpreted` draws from the rest.
-targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.interpreted)])
+targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (leading dimensions, C_in, C_out): all odd, so that no tile is filled and no row is aligned; whole tiles; a
 # last tile of half a tile's width; a last step and columns beyond the tiles; one row, one channel, one
 # output.
@@ -47,7 +47,7 @@ FAST = (
     *(("sm_90", torch.bfloat16, SIZES[1], OPTIONS[1]), ("sm_90", torch.bfloat16, SIZES[3], OPTIONS[2])),
 )
 CASES = [
-    case if case in FAST else pytest.param(*case, marks=pytest.mark.interpreted)
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.sweep)
     for case in itertools.product(("sm_80", "sm_90"), STORED, SIZES, OPTIONS)
     if not (case[2][1] == 1 and case[3][0])  # a LayerNorm over one channel has no gradient but rounding
 ]

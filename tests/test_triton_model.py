@@ -33,7 +33,7 @@ CASES = [
     pytest.param(
         *(variant, target, dtype),
         id=f"{variant.name}-{target}-{dtype}",
-        marks=[] if (variant.name, target, dtype) in FAST else pytest.mark.interpreted,
+        marks=[] if (variant.name, target, dtype) in FAST else pytest.mark.sweep,
     )
     for variant in RELEASED
     for target in ("sm_80", "sm_90")

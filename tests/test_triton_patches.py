@@ -19,7 +19,7 @@ from tests.by_definition import patch_inputs, patch_oracle
 from tests.contract import STORED, check_values, without_a_gpu
 
 NAMES = ("image", "weight", "bias", "position", "cls_token")
-targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.interpreted)])
+targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (image, side of a patch, C, size): a remainder at both edges; the models' patches, a depth that steps do not
 # divide; enlarged and reduced; hardly any pixel left; patches of one pixel.
 CASES_OF_SIZES = (
@@ -32,7 +32,7 @@ FAST = (
     *(("sm_90", torch.bfloat16, CASES_OF_SIZES[2]), ("sm_80", torch.float16, CASES_OF_SIZES[0])),
 )
 CASES = [
-    case if case in FAST else pytest.param(*case, marks=pytest.mark.interpreted)
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.sweep)
     for case in itertools.product(("sm_80", "sm_90"), STORED, CASES_OF_SIZES)
 ]
 

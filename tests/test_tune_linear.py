@@ -23,7 +23,7 @@ from tests.test_triton_linear import check, given, on
     [
         ("sm_90", triton_table.Tiles(256, 128, 64, 64, 8, 3, tma=True)),
         *(
-            pytest.param(target, tiles, marks=pytest.mark.interpreted)
+            pytest.param(target, tiles, marks=pytest.mark.sweep)
             for target in ("sm_90", "sm_80")
             for narrow in (False, True)
             for tiles in tune_linear.candidates(target, narrow)
