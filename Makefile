@@ -9,39 +9,52 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # What the installed package depends on; a change installs again.
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-interpreted test-sanitized test-exhaustive test-packaging bench hardware lint format clean
+.PHONY: demo test test-drawn test-all test-faults test-sanitized test-exhaustive test-packaging bench \
+  bench-smoke hardware lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/crossvit demo examples/cat.png
 
-# The seed draws the random calls and the seeded faults of this run; make test SEED=... repeats it.
+# The seed draws random calls and, where OF=N is given, the part of N that runs; SEED=... repeats a run.
 SEED := $(or $(SEED),$(shell date +%s))
+SHARD = $(if $(OF),--shard $(shell expr $(SEED) % $(OF))/$(OF))
+DRAW = --hypothesis-seed=$(SEED) $(SHARD)
+PARALLEL := -n $(WORKERS) --dist worksteal
 
+# Each kernel, operation, model and command (tests/tiers.py).
 test: $(VENV)/.test
-	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) --hypothesis-seed=$(SEED) \
-	  -m "not packaging and not sanitized and not exhaustive and not interpreted"
+	$(PYTEST) tests $(PARALLEL) $(DRAW) -m "not (drawn or packaging or sanitized or exhaustive)"
 
-# The contract of the GPU kernels, executed without a GPU: one part of PARTS, which SEED draws.
-PARTS := 32
-PART ?= $(shell expr $(SEED) % $(PARTS))/$(PARTS)
+# What `make test` leaves out: all sizes, dtypes and targets. OF=48 takes a forty-eighth.
+test-drawn: $(VENV)/.test
+	$(PYTEST) tests $(PARALLEL) $(DRAW) -m "drawn and not (packaging or sanitized or exhaustive)"
 
-test-interpreted: $(VENV)/.test
-	FAULT_SEED=$(SEED) $(PYTEST) tests -n $(WORKERS) -m interpreted --part $(PART)
+# Both.
+test-all: $(VENV)/.test
+	$(PYTEST) tests $(PARALLEL) $(DRAW) -m "not (packaging or sanitized or exhaustive)"
+
+# Mistakes put into the kernels, which tests have to notice.
+test-faults: $(VENV)/.test
+	$(PYTEST) tests $(PARALLEL) $(DRAW) -m fault
 
 # The native module with AddressSanitizer and UndefinedBehaviorSanitizer through the contract.
 test-sanitized: $(VENV)/.test
-	$(PYTEST) tests -m sanitized --hypothesis-seed=$(SEED)
+	$(PYTEST) tests $(DRAW) -m sanitized
 
-# 100,000 random calls and every seeded fault.
+# 100,000 random calls, every seeded fault, every kernel on every GPU's compiler.
 test-exhaustive: $(VENV)/.test
-	$(PYTEST) tests -n $(WORKERS) -m exhaustive --hypothesis-seed=$(SEED)
+	$(PYTEST) tests $(PARALLEL) $(DRAW) -m exhaustive
 
 # Builds and installs in fresh environments, once for every Python on this machine; needs a package index.
 test-packaging: $(VENV)/.test
-	$(PYTEST) tests -m packaging
+	$(PYTEST) tests $(DRAW) -m packaging
 
 bench: $(VENV)/.test
 	$(PYTEST) benchmarks --benchmark-only
+
+# One case of each benchmark in a minute: whether they run and write their report, not how fast anything is.
+bench-smoke: $(VENV)/.test
+	$(PYTEST) benchmarks --benchmark-only --smoke
 
 # On a GPU only: builds, checks and measures everything, and fills docs/hardware.md. Under eight minutes.
 hardware: $(VENV)/.test

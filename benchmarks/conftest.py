@@ -26,16 +26,20 @@ from crossvit._timm import import_timm
 from crossvit_kernels import native
 
 THREADS_OF_MACHINE = torch.get_num_threads()
+# Where the results of a smoke test go, and the benchmarks that it leaves out: they start other processes.
+SMOKE = Path(__file__).parent.parent / "out" / "smoke"
+SLOW = ("test_cpu", "test_install", "test_first_call_of_crossvit_18")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="add the large sizes (tens of minutes on two cores)")
+    parser.addoption("--smoke", action="store_true", help="a case of each, few rounds, results in out/smoke")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a large size, run with --full only")
     if getattr(config.option, "benchmark_json", None) is None and not config.option.collectonly:
-        folder = RESULTS / machine_name()
+        folder = (SMOKE if config.option.smoke else RESULTS) / machine_name()
         folder.mkdir(parents=True, exist_ok=True)
         config._crossvit_results = folder / f"{_selected(config)}.json"
         config.option.benchmark_json = str(config._crossvit_results.with_suffix(".json.part"))
@@ -116,9 +120,11 @@ def large(*values: object) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    left_out = [x for x in items if x.get_closest_marker("full") and not config.getoption("--full")]
+    if config.getoption("--smoke"):
+        first = {item.originalname: item for item in reversed(items) if item not in left_out}
+        left_out = [x for x in items if x is not first[x.originalname] or x.originalname in SLOW]
+        races.ROUNDS = races.LEAST_ROUNDS
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

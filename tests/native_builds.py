@@ -55,8 +55,9 @@ def build(root: Path, monkeypatch: pytest.MonkeyPatch, flags: str, baseline_only
 
 
 def run_tests(root: Path, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-    """pytest in the copy, until the first failure."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
+    """pytest in the copy, until the first failure; with CROSSVIT_EVERY_TEST all tests."""
+    stops = [] if os.environ.get("CROSSVIT_EVERY_TEST") else ["-x"]
+    options = [*stops, "-q", "-p", "no:cacheprovider", *arguments]
     variables = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
     variables |= {"PYTHONPATH": str(root), **environment}
     if "LD_PRELOAD" in environment:  # libraries that a process must load first

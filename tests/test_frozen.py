@@ -68,6 +68,7 @@ def _threads() -> Iterator[None]:
 # Logits
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("name", list_models(pretrained=True))
 def test_every_variant_against_timm(name):
     """In float32 as timm's model; in bfloat16 as close to it as timm's model in bfloat16, from weights of

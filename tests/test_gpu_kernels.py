@@ -1,7 +1,7 @@
 """The kernels of GPUs, as compiled, executed without a GPU: Triton's and those of CUDA C++.
 
 Here is what every run takes: each kernel in each dtype. The whole contract runs on them too, in parts, as the
-tests marked `interpreted`. What only one backend has: test_triton.py, test_cuda.py.
+tests marked `sweep`. What only one backend has: test_triton.py, test_cuda.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def contract_of(subject: Subject, size: Size, dtype: torch.dtype) -> dict[str, t
 
 
 # One target a dtype, in turn, for the sake of time: the contract has all of them.
+@pytest.mark.each(1)
 @of_gpu
 @operations
 @pytest.mark.parametrize(

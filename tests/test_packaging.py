@@ -111,8 +111,13 @@ def test_isolated_wheel_for_every_python(python, source, tmp_path):
     assert run(binary, "-c", LOAD, module).stdout.split() == ["baseline", "False"]
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on PATH to compile CUDA with")
-def test_cuda_for_the_default_targets_and_for_others(source, tmp_path):
+needs_nvcc = pytest.mark.skipif(
+    not shutil.which("nvcc"), reason="there is no nvcc on PATH to compile CUDA with"
+)
+
+
+@needs_nvcc
+def test_cuda_for_the_default_targets(source, tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     wheel, report = build_wheel(sys.executable, source, tmp_path / "default")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -130,6 +135,9 @@ def test_cuda_for_the_default_targets_and_for_others(source, tmp_path):
     code = LOAD + "print({'layer_norm_statistics_cuda', 'cuda_run'} <= set(dir(module)))"
     assert run(sys.executable, "-c", code, module).stdout.split()[-1] == "True"
 
+
+@needs_nvcc
+def test_cuda_for_chosen_targets(source, tmp_path):
     _, report = build_wheel(
         sys.executable, source, tmp_path / "chosen", TORCH_CUDA_ARCH_LIST="8.6;9.0+PTX", MAX_JOBS="1"
     )

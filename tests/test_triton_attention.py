@@ -16,7 +16,7 @@ from tests.by_definition import attention_oracle, normal
 from tests.contract import STORED, check_values, without_a_gpu
 from tests.operations import leaves
 
-# What every run takes; `make test-interpreted` draws from the rest, whose calls take seconds.
+# What every run takes; `make test-drawn` takes some of the rest, whose calls take seconds.
 targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (B, N, H, d): tokens beside whole tiles and tails of 16, 32 and 64, a single token; head widths that fill
 # their tile and that do not; one head and several.

@@ -24,7 +24,7 @@ from tests.contract import STORED, check_values, without_a_gpu
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 
-# What every run takes; `make test-interpreted` draws from the rest.
+# What every run takes; `make test-drawn` takes some of the rest.
 targets = pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.sweep)])
 # (leading dimensions, C_in, C_out): all odd, so that no tile is filled and no row is aligned; whole tiles; a
 # last tile of half a tile's width; a last step and columns beyond the tiles; one row, one channel, one

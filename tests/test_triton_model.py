@@ -27,7 +27,7 @@ from tests.contract import check_values, without_a_gpu
 from tests.models import small
 
 RELEASED = [variant for variant in VARIANTS.values() if variant.released]
-# What every run takes; `make test-interpreted` draws from the rest.
+# What every run takes; `make test-drawn` takes some of the rest.
 FAST = (("crossvit_tiny_240", "sm_90", torch.bfloat16), ("crossvit_9_dagger_240", "sm_80", torch.bfloat16))
 CASES = [
     pytest.param(

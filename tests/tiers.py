@@ -1,8 +1,9 @@
 """Which tests a run takes, and in which order.
 
-`make test` takes what is not marked. `drawn` tests run in shards: `--shard I/N` takes the I-th of N parts of
-whatever is selected, a part of each test function, so that N runs take all. Parameters that multiply are
-covered pairwise: a set of cases in which each pair of values occurs is not marked, the others are drawn.
+`make test` takes what is not marked `drawn`: of each test function a set of cases in which every pair of
+values occurs, of one that would take too long every value, of one that still would the shortest case. The
+others run in shards: `--shard I/N` takes the I-th of N parts of whatever is selected, a part of each
+function, so that N runs take all.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Seconds of the longest case of each test function that has one of a second or more: `python -m tests.worth`.
+# Seconds of the cases of each test function, where they matter: `python -m tests.worth seconds`.
 SECONDS = Path(__file__).with_name("seconds.json")
+# Seconds that a test function may take in `make test`, and those that its shortest case may.
+BUDGET, LONGEST = 3.0, 10.0
 # Not part of `make test`, nor of its cover.
 ELSEWHERE = ("drawn", "packaging", "sanitized", "exhaustive")
 
@@ -67,18 +71,39 @@ def _by_function(items: Iterable[pytest.Item]) -> Iterator[tuple[str, list[pytes
 
 
 def mark_drawn(items: Iterable[pytest.Item]) -> None:
-    """Marks the cases of each test function that its cover leaves out.
+    """Marks the cases that `make test` leaves to the shards.
 
-    The marker `each(strength)` of a function says how many values at a time are covered, 2 where it is absent.
+    The marker `each(strength)` of a function demands that every so many values occur together, however long
+    that takes.
     """
-    for _, cases in _by_function(i for i in items if not any(map(i.get_closest_marker, ELSEWHERE))):
-        if not hasattr(cases[0], "callspec"):
-            continue
-        each = cases[0].get_closest_marker("each")
-        chosen = cover([values_of(x.callspec.params) for x in cases], each.args[0] if each else 2)
+    for name, cases in _by_function(i for i in items if not any(map(i.get_closest_marker, ELSEWHERE))):
+        kept = _kept(cases, [_seconds_of(name, case) for case in cases])
         for place, item in enumerate(cases):
-            if place not in chosen:
+            if place not in kept:
                 item.add_marker(pytest.mark.drawn)
+
+
+def _kept(cases: Sequence[pytest.Item], seconds: Sequence[float]) -> set[int]:
+    """The places of the cases of a function that are not drawn."""
+    values = [values_of(x.callspec.params) if hasattr(x, "callspec") else frozenset() for x in cases]
+    if each := cases[0].get_closest_marker("each"):
+        return cover(values, each.args[0])
+    for strength in (2, 1):
+        kept = cover(values, strength) if len(cases) > 1 else {0}
+        if sum(seconds[i] for i in kept) <= BUDGET:
+            return kept
+    shortest = min(range(len(cases)), key=seconds.__getitem__)
+    return {shortest} if seconds[shortest] <= LONGEST else set()
+
+
+def _seconds_of(name: str, item: pytest.Item) -> float:
+    return seconds_of_cases().get(name, {}).get(item.nodeid[len(name) :], 0.0)
+
+
+@cache
+def seconds_of_cases() -> dict[str, dict[str, float]]:
+    """By test function and case ("[a-b]"); what is not there takes next to nothing."""
+    return json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
 
 
 def shard(items: Sequence[pytest.Item], part: int, parts: int) -> list[pytest.Item]:
@@ -93,8 +118,7 @@ def shard(items: Sequence[pytest.Item], part: int, parts: int) -> list[pytest.It
 
 
 def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """Long tests before the others, dealt out to the workers, each of which begins with its share of the list."""
-    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
-    length = {item: seconds.get(item.nodeid.partition("[")[0], 0.0) for item in items}
+    """Long tests before the others, dealt out to the workers, which begin with a part of the list each."""
+    length = {item: _seconds_of(item.nodeid.partition("[")[0], item) for item in items}
     ordered = sorted(items, key=length.__getitem__, reverse=True)
     return [item for worker in range(workers) for item in ordered[worker::workers]]

@@ -510,7 +510,9 @@ class Machine:
 def _registers(types: Mapping[str, str], threads: int) -> dict[str, np.ndarray]:
     """The value of each register in each thread: one allocation for each width."""
     dtypes = {name: np.dtype(bool if t == "pred" else UINT[max(8, WIDTH[t])]) for name, t in types.items()}
-    rows = {dtype: iter(np.zeros((count, threads), dtype)) for dtype, count in Counter(dtypes.values()).items()}
+    rows = {
+        dtype: iter(np.zeros((count, threads), dtype)) for dtype, count in Counter(dtypes.values()).items()
+    }
     return {name: next(rows[dtype]) for name, dtype in dtypes.items()}
 
 

@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from .formats import WIDTH, PtxError
 
-
 WORD = re.compile(r"[%$\w]+")
 WRITES_NOTHING = ("st", "bra", "brx", "bar", "barrier")
 

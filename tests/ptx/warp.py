@@ -80,9 +80,8 @@ def shuffle(machine: Machine, ins: Instruction) -> Execute | None:
         inside = source >= top if kind == "up" else source <= top
         source = np.where(inside, source, lane)
         threads = (source + first_of_warp).reshape(-1)
-        if mask is not None:
-            if not mask[threads][mask].all():
-                raise PtxError("shuffle reads an inactive lane")
+        if mask is not None and not mask[threads][mask].all():
+            raise PtxError("shuffle reads an inactive lane")
         known = None
         if ins.args[1] in machine.incomplete:
             known = machine.incomplete[ins.args[1]][threads]
