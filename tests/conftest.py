@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ from tests import compile_cache, tiers
 from tests.contract import Subject
 
 import_timm()
+
+
+# Bytes of a process from which on it gives memory back after each test; Linux tells how many it has.
+LARGE, _STATM = 2**30, Path("/proc/self/statm")
 
 
 def _workers() -> int:
@@ -67,6 +73,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back() -> Iterator[None]:
+    """glibc keeps what a large model took: a worker would stay as large as its largest test."""
+    yield
+    if _STATM.exists() and int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > LARGE:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
