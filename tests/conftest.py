@@ -55,7 +55,11 @@ class _Selection:
         kept = tiers.shard(items, part, parts)
         if len(kept) < len(items):
             config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = tiers.longest_first(kept, _workers()) if "PYTEST_XDIST_WORKER" in os.environ else kept
+        if config.getoption("maxfail") == 1:
+            kept = tiers.shortest_first(kept)
+        elif "PYTEST_XDIST_WORKER" in os.environ:
+            kept = tiers.longest_first(kept, _workers())
+        items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:

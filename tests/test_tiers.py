@@ -92,6 +92,7 @@ def test_each_worker_begins_with_a_long_test(monkeypatch):
     items = [Item(f"f[{i}]", value=i) for i in range(7)]
     ordered = [int(x.nodeid[2:-1]) for x in tiers.longest_first(items, 2)]
     assert ordered == [6, 4, 2, 0, 5, 3, 1]
+    assert [x.nodeid for x in tiers.shortest_first(items[::-1])] == [x.nodeid for x in items]
 
 
 RESULTS = """<testsuites><testsuite>

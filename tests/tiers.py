@@ -119,6 +119,14 @@ def shard(items: Sequence[pytest.Item], part: int, parts: int) -> list[pytest.It
 
 def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     """Long tests before the others, dealt out to the workers, which begin with a part of the list each."""
-    length = {item: _seconds_of(item.nodeid.partition("[")[0], item) for item in items}
-    ordered = sorted(items, key=length.__getitem__, reverse=True)
+    ordered = sorted(items, key=_length, reverse=True)
     return [item for worker in range(workers) for item in ordered[worker::workers]]
+
+
+def shortest_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """For runs that end at the first failure."""
+    return sorted(items, key=_length)
+
+
+def _length(item: pytest.Item) -> float:
+    return _seconds_of(item.nodeid.partition("[")[0], item)
