@@ -21,8 +21,8 @@ from tests.contract import Subject
 import_timm()
 
 
-# Bytes of a process from which on it gives memory back after each test; Linux tells how many it has.
-LARGE, _STATM = 2**30, Path("/proc/self/statm")
+# Bytes that a test has to leave behind for its process to give them back.
+LARGE, _STATM = 2**26, Path("/proc/self/statm")
 
 
 def _workers() -> int:
@@ -82,10 +82,16 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _give_memory_back() -> Iterator[None]:
     """glibc keeps what a large model took: a worker would stay as large as its largest test."""
+    before = _resident_bytes()
     yield
-    if _STATM.exists() and int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > LARGE:
+    if _resident_bytes() - before > LARGE:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    """0 where Linux does not tell."""
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if _STATM.exists() else 0
 
 
 @pytest.fixture(autouse=True, scope="session")

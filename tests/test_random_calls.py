@@ -18,9 +18,8 @@ from tests import layouts
 from tests.contract import SUBJECTS, Subject, check_against, needs_module
 from tests.operations import Size, Spread
 
-EXAMPLES = 250  # a shard
-SHARDS = 8  # 2,000 examples in every run
-EXHAUSTIVE_SHARDS = 400
+EXAMPLES, SHARDS = 100, 20  # `make test` takes a shard
+EXHAUSTIVE_EXAMPLES, EXHAUSTIVE_SHARDS = 250, 400
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE = [subject for subject in SUBJECTS if subject.native]
@@ -123,4 +122,4 @@ def test_random_calls(shard):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("shard", range(EXHAUSTIVE_SHARDS))
 def test_random_calls_exhaustively(shard):
-    run_shard(EXAMPLES)
+    run_shard(EXHAUSTIVE_EXAMPLES)

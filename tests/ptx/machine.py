@@ -602,7 +602,9 @@ def constant(operand: str, type_name: str, symbols: dict[str, int]) -> np.ndarra
     """The value of a literal or of the name of a variable, which is its address."""
     if operand in symbols:
         return np.array([symbols[operand]]).astype(numpy_type(type_name))
-    return _literal(operand, type_name)
+    value = _literal(operand, type_name)
+    value.flags.writeable = False  # all kernels share it
+    return value
 
 
 @lru_cache(maxsize=10_000)
