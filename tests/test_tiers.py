@@ -43,7 +43,7 @@ def test_a_cover_takes_what_there_is():
 
 
 class Item:
-    """As much of a pytest item as tiers.py looks at."""
+    """What tiers.py looks at of a pytest item."""
 
     def __init__(self, name: str, marks: dict[str, tuple] | None = None, **params: object) -> None:
         self.marks = {key: SimpleNamespace(args=args) for key, args in (marks or {}).items()}

@@ -102,7 +102,7 @@ def _seconds_of(name: str, item: pytest.Item) -> float:
 
 @cache
 def seconds_of_cases() -> dict[str, dict[str, float]]:
-    """By test function and case ("[a-b]"); what is not there takes next to nothing."""
+    """Seconds by test function and case ("[a-b]"); what is not there takes next to nothing."""
     return json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
 
 
